@@ -1,0 +1,1 @@
+"""Agents that decide which tokens stay visible."""

@@ -1,0 +1,91 @@
+"""What can be hung into an agent's training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import Logger
+
+
+class Hook:
+    """Called by every agent here as it learns; override what you need. ``agent`` is the agent itself."""
+
+    def on_step(self, agent: Any) -> None:
+        """After each step of the environment."""
+
+    def on_rollout_end(self, agent: Any) -> None:
+        """After the last step before an update of the agent."""
+
+    def on_update_end(self, agent: Any) -> None:
+        """After each update of the agent (for one that does not learn: after each step)."""
+
+
+class MAEUpdateHook(Hook):
+    """Interleave the MAE's training with the agent's: one update on the forward pass of every ``every``-th step.
+
+    The same as wrapping the environment in ``tats_env.wrappers.CoTrainMAE``; use one of the two.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"every={every}: give 1 to update the MAE after each step, k for each k-th")
+        self.every, self.num_steps = every, 0
+
+    def on_step(self, agent: Any) -> None:
+        """Update the MAE."""
+        self.num_steps += 1
+        if self.num_steps % self.every == 0:
+            agent.env.unwrapped.mae.update()
+
+
+def as_hooks(callback: Hook | Sequence[Hook] | None) -> list[Hook]:
+    """One hook, several or none, as a list."""
+    if callback is None:
+        return []
+    return [callback] if isinstance(callback, Hook) else list(callback)
+
+
+class LogHook(Hook):
+    """Every ``every`` updates, dump what the agent and the MAE measured through stable-baselines3's logger.
+
+    Keys are stable-baselines3's (``train/approx_kl``, ``time/fps``, ...) and, of ours: ``mae/*`` of the MAE's
+    optimiser; ``mask/reconstruction_error`` under the agent's masks and, the yardstick beside it,
+    ``mask/random_mask_error`` of the same clips under uniform masks; ``mask/motion_lift`` where the truth is known;
+    ``mask/plackett_luce_entropy`` (summed conditional entropies of the K draws, nats) and ``mask/effective_tokens``
+    (exp of the entropy of one draw).
+
+    Args:
+        logger: stable-baselines3's; None prints a table.
+        every: updates of the agent from one line to the next.
+    """
+
+    def __init__(self, logger: Logger | None = None, every: int = 10) -> None:
+        if logger is None:
+            from stable_baselines3.common.logger import configure
+
+            logger = configure(None, ["stdout"])
+        self.logger, self.every, self.iterations = logger, every, 0
+        self.start = self.last = time.perf_counter()
+
+    def on_update_end(self, agent: Any) -> None:
+        """Write a line, if one is due; raises if learning broke down."""
+        self.iterations += 1
+        if self.iterations % self.every:
+            return
+        env = agent.env.unwrapped
+        yardstick = env.task.decision.uniform_reconstruction.reconstruction_error.mean()
+        values = agent.check() | env.mae.metrics() | agent.meter.means() | {"mask/random_mask_error": float(yardstick)}
+        now = time.perf_counter()
+        values |= {
+            "time/fps": self.every * env.num_envs * getattr(agent, "n_steps", 1) / (now - self.last),
+            "time/iterations": self.iterations,
+            "time/time_elapsed": now - self.start,
+            "time/total_timesteps": agent.num_timesteps,
+        }
+        self.last = now
+        for name, value in values.items():
+            self.logger.record(name, value)
+        self.logger.dump(step=agent.num_timesteps)

@@ -1,0 +1,367 @@
+"""Our PPO: rollouts on the device, clip-level or token-level credit, and hooks that let the MAE train in between.
+
+Source: Schulman et al., "Proximal Policy Optimization Algorithms", 2017; settings and log keys are named as in
+stable-baselines3.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from torch import Tensor
+
+from agents.base import Meter, from_batch, open_env, step_values, to_batch
+from agents.credit import CREDITS, FORMS, Credit, clipped_surrogate, log_ratio, standardised, token_credit
+from agents.distributions import PlackettLuce, picks_to_scores
+from agents.hooks import Hook, as_hooks
+from agents.policies import TrajectoryPolicy
+from tats_env.guard import GuardedOptimizer
+
+FORMAT = "tats-env ppo 1"
+FINAL_LEARNING_RATE = 0.1
+"""Of the cosine, as a share of the learning rate."""
+REWARD_DECAY = 0.99
+"""Of the running mean and variance of the reward, which moves as the MAE learns."""
+
+
+class Rollout(NamedTuple):
+    """What one rollout stored, M = n_steps * B decisions, on the device."""
+
+    observation: Tensor
+    """[M, T', S, D]"""
+    picks: Tensor
+    """[M, K], in the order drawn"""
+    logits: Tensor
+    """[M, N] float32, of the policy that drew"""
+    value: Tensor
+    """[M]"""
+    returns: Tensor
+    """[M], in units of the reward's running deviation"""
+    advantage: Tensor
+    """[M, X], X as the credit has it"""
+    counts: Tensor
+    """bool [M, X], which advantages count"""
+
+
+def gae(rewards: Tensor, values: Tensor, ended: Tensor, last_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al., 2016): [L, B] from rewards, values and ends [L, B].
+
+    Args:
+        rewards, values: at each step.
+        ended: bool, whether the episode ended with the step.
+        last_value: [B], of the observation after the last step.
+        gamma, gae_lambda: discount and trace decay.
+    """
+    advantages, carried = torch.zeros_like(rewards), torch.zeros_like(last_value)
+    following = last_value
+    for t in reversed(range(len(rewards))):
+        goes_on = (~ended[t]).float()
+        delta = rewards[t] + gamma * following * goes_on - values[t]
+        carried = delta + gamma * gae_lambda * goes_on * carried
+        advantages[t], following = carried, values[t]
+    return advantages
+
+
+class PPO:
+    """Proximal policy optimisation of which tokens stay visible.
+
+    Args:
+        env: a ``TATSMasking`` vector environment with ``output="torch"``, an id, or None (to predict only).
+        policy: a module (observation [B, T', S, D]) -> (logits [B, N], values [B]); None makes a
+            ``TrajectoryPolicy`` from ``policy_kwargs``.
+        learning_rate: AdamW's, on a cosine to 10 % over ``learn``.
+        n_steps: steps of the environment in a rollout.
+        n_epochs: passes over a rollout.
+        n_minibatches: parts of a rollout, one update each.
+        clip_range: of the probability ratio.
+        ent_coef: weight of the Plackett-Luce entropy for each pick.
+        entropy_floor: effective number of tokens below which a clip's policy is pushed back up; None for no floor.
+        vf_coef: weight of the value loss.
+        gamma, gae_lambda: discount (actions change no observation: 0 fits) and trace decay.
+        target_kl: updates of a rollout stop once the approximate KL exceeds 1.5 times this; None never stops.
+        max_grad_norm: of the policy's gradient.
+        normalize_advantage: standardise ``clip`` credit over a rollout.
+        credit: of ``agents.credit.CREDITS``.
+        form: of ``agents.credit.FORMS``, for credit by token.
+        power: exponent of the proportional form.
+        explore: share of uniform draws mixed into the policy, in the draw and in every ratio alike.
+        policy_kwargs: of ``TrajectoryPolicy``.
+        seed: of the policy's weights, its draws and the environment's clips.
+
+    Raises:
+        ValueError: on settings that can't work.
+    """
+
+    def __init__(
+        self,
+        env: str | gym.vector.VectorEnv[Any, Any, Any] | None,
+        policy: torch.nn.Module | None = None,
+        *,
+        learning_rate: float = 2e-3,
+        n_steps: int = 1,
+        n_epochs: int = 2,
+        n_minibatches: int = 1,
+        clip_range: float = 0.2,
+        ent_coef: float = 0.1,
+        entropy_floor: float | None = None,
+        vf_coef: float = 0.5,
+        gamma: float = 0.0,
+        gae_lambda: float = 0.95,
+        target_kl: float | None = 0.05,
+        max_grad_norm: float = 1.0,
+        normalize_advantage: bool = True,
+        credit: str = "token_motion",
+        form: str = "standardised",
+        power: float = 1.0,
+        explore: float = 0.5,
+        policy_kwargs: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if credit not in CREDITS:
+            raise ValueError(f"credit {credit!r} is unknown; give one of {', '.join(CREDITS)}")
+        if form not in FORMS:
+            raise ValueError(f"form {form!r} is unknown; give one of {', '.join(FORMS)}")
+        if min(n_steps, n_epochs, n_minibatches) < 1:
+            raise ValueError("n_steps, n_epochs and n_minibatches must each be at least 1")
+        self.env: Any = None if env is None else open_env(env)
+        if self.env is not None and (self.env.num_envs * n_steps) % n_minibatches:
+            raise ValueError(
+                f"n_minibatches={n_minibatches} does not divide a rollout of {self.env.num_envs} environments x "
+                f"{n_steps} steps = {self.env.num_envs * n_steps} decisions"
+            )
+        self.n_steps, self.n_epochs, self.n_minibatches, self.clip_range = n_steps, n_epochs, n_minibatches, clip_range
+        self.ent_coef, self.entropy_floor, self.vf_coef = ent_coef, entropy_floor, vf_coef
+        self.gamma, self.gae_lambda, self.target_kl = gamma, gae_lambda, target_kl
+        self.normalize_advantage, self.credit, self.form, self.power = normalize_advantage, credit, form, power
+        self.explore, self.learning_rate, self.seed = explore, learning_rate, seed
+        self.device = torch.device("cpu") if self.env is None else self.env.unwrapped.mae.device
+        if policy is None:
+            if self.env is None:
+                raise ValueError("give env= or policy=: a policy is built for an observation space")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                policy = TrajectoryPolicy(self.env.single_observation_space.shape, **(policy_kwargs or {}))
+        self.policy = policy.to(self.device)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=learning_rate, fused=True)
+        self._guard = GuardedOptimizer(self.optimizer, self.policy.parameters(), max_grad_norm)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._reward_mean, self._reward_variance, self._reward_weight = torch.zeros(3, device=self.device).unbind()
+        self.meter = Meter()
+        self.num_timesteps = 0
+        self.num_updates = 0
+
+    def learn(self, total_timesteps: int, callback: Hook | Sequence[Hook] | None = None) -> PPO:
+        """Train for that many clips; the learning rate's cosine spans this call.
+
+        Raises:
+            ValueError: without an environment.
+            FloatingPointError, gymnasium.error.InvalidAction: if learning broke down, seen at the end or by a hook
+                that logs.
+        """
+        if self.env is None:
+            raise ValueError("this agent was made or loaded without an environment: give env= to learn")
+        hooks = as_hooks(callback)
+        clips_per_rollout = self.env.num_envs * self.n_steps
+        end = self.num_timesteps + total_timesteps
+        schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max(2, total_timesteps // clips_per_rollout),
+            lr_min=FINAL_LEARNING_RATE * self.learning_rate,
+            t_in_epochs=False,
+        )
+        # Far apart, since environment i of seed s is keyed by s + i: runs with seeds 0, 1, ... share no clips.
+        observation, _ = self.env.reset(seed=self.seed << 20)
+        iteration = 0
+        while self.num_timesteps < end:
+            rollout, observation = self._collect(observation, hooks)
+            for hook in hooks:
+                hook.on_rollout_end(self)
+            self._train(rollout)
+            iteration += 1
+            schedule.step_update(iteration)
+            for hook in hooks:
+                hook.on_update_end(self)
+        self.check()
+        return self
+
+    def check(self) -> dict[str, float]:
+        """Numbers of the optimiser for a log line; raises if learning broke down. Waits for the device."""
+        self.env.unwrapped.check()
+        norm, skipped = self._guard.report(
+            "policy", "try a lower agent.learning_rate, a lower agent.logit_cap or a smaller agent.target_kl"
+        )
+        return {
+            "train/grad_norm": norm,
+            "train/skipped_updates": skipped,
+            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train/clip_range": self.clip_range,
+            "train/n_updates": float(self.num_updates),
+        }
+
+    @torch.no_grad()
+    def _collect(self, observation: Tensor, hooks: list[Hook]) -> tuple[Rollout, Tensor]:
+        """One rollout of ``n_steps`` steps, and the observation after it."""
+        env, n = self.env, self.env.single_action_space.shape[0]
+        k = env.unwrapped.task.num_visible
+        steps, rewards, ends, credits = [], [], [], []
+        for _ in range(self.n_steps):
+            logits, value = self.policy(observation)
+            picks = PlackettLuce(logits, k, self.explore).sample(self.generator)
+            steps.append((observation, picks, logits, value))
+            observation, reward, terminated, truncated, info = env.step(picks_to_scores(picks, n))
+            rewards.append(reward)
+            ends.append(terminated | truncated)
+            if self.credit != "clip":
+                decision = env.unwrapped.task.decision
+                credits.append(token_credit(self.credit, self.form, self.power, decision, picks))
+            self.num_timesteps += len(reward)
+            self.meter.add(step_values(reward, info))
+            for hook in hooks:
+                hook.on_step(self)
+        observations, picks, logits, values = (torch.stack(x) for x in zip(*steps, strict=True))
+        last_value = self.policy(observation)[1] if self.gamma else torch.zeros_like(values[0])
+        advantages = gae(
+            self._normalise(torch.stack(rewards)), values, torch.stack(ends), last_value, self.gamma, self.gae_lambda
+        )
+        returns = (advantages + values).flatten()
+        if self.credit == "clip":
+            flat = advantages.flatten()[None]
+            every = torch.ones_like(flat, dtype=torch.bool)
+            flat = standardised(flat, every) if self.normalize_advantage and flat.numel() > 1 else flat
+            credit = Credit(flat.T, every.T)
+        else:
+            credit = Credit(*(torch.cat(x) for x in zip(*credits, strict=True)))
+        flattened = (x.flatten(0, 1) for x in (observations, picks, logits, values))
+        return Rollout(*flattened, returns, *credit), observation
+
+    def _normalise(self, rewards: Tensor) -> Tensor:
+        """Rewards [L, B] less their running mean, over their running deviation."""
+        self._reward_weight.lerp_(torch.ones_like(self._reward_weight), 1 - REWARD_DECAY)
+        # An exponential average from 0, corrected for its start as Adam's moments are.
+        self._reward_mean.lerp_(rewards.mean(), 1 - REWARD_DECAY)
+        centred = rewards - self._reward_mean / self._reward_weight
+        self._reward_variance.lerp_(centred.square().mean(), 1 - REWARD_DECAY)
+        return centred / (self._reward_variance / self._reward_weight + 1e-8).sqrt()
+
+    def _train(self, rollout: Rollout) -> None:
+        """Several epochs of clipped updates on one rollout."""
+        size = len(rollout.value)
+        stopped = torch.zeros((), dtype=torch.bool, device=self.device)
+        for _ in range(self.n_epochs):
+            if self.n_minibatches == 1:
+                batches = [rollout]
+            else:
+                order = torch.randperm(size, generator=self.generator, device=self.device)
+                batches = [Rollout(*(x[i] for x in rollout)) for i in order.chunk(self.n_minibatches)]
+            for batch in batches:
+                loss, approx_kl = self._loss(batch)
+                if self.target_kl is not None:
+                    # As a mask on the device: reading the KL here would stop it in every update.
+                    stopped = stopped | (approx_kl > 1.5 * self.target_kl)
+                self._guard.step(loss, skip=stopped)
+                self.num_updates += 1
+        self.meter.add({"train/stopped_by_kl": stopped})
+        self._measure_value(rollout)
+
+    def _loss(self, batch: Rollout) -> tuple[Tensor, Tensor]:
+        """PPO's loss on a batch, and the approximate KL from the policy that drew it."""
+        k = batch.picks.shape[1]
+        logits, values = self.policy(batch.observation)
+        new, old = PlackettLuce(logits, k, self.explore), PlackettLuce(batch.logits, k, self.explore)
+        ratio_log = log_ratio(self.credit, new, old, batch.picks)
+        weight = batch.counts.float() / batch.counts.sum().clamp_min(1)
+
+        # Policy gradient loss
+        policy_loss = -(clipped_surrogate(ratio_log, batch.advantage, self.clip_range) * weight).sum()
+        # Value loss, for a return in units of the reward's deviation
+        value_loss = (values - batch.returns).square().mean()
+        # Entropy loss: for each pick, so that its weight means the same at every K
+        entropy = new.entropy(batch.picks)
+        effective = new.effective_tokens()
+        entropy_loss = -entropy.mean() / k
+        loss = policy_loss + self.vf_coef * value_loss + self.ent_coef * entropy_loss
+        if self.entropy_floor is not None:
+            # A hinge on the log, steeper than any credit, for clips whose policy has become narrower than allowed
+            loss = loss + (torch.log(self.entropy_floor / effective)).clamp_min(0).mean()
+
+        with torch.no_grad():
+            ratio = ratio_log.exp()
+            approx_kl = (
+                ((ratio - 1) - ratio_log) * weight
+            ).sum()  # Schulman's estimator, http://joschu.net/blog/kl-approx.html
+            self.meter.add(
+                {
+                    "train/loss": loss,
+                    "train/policy_gradient_loss": policy_loss,
+                    "train/value_loss": value_loss,
+                    "train/entropy_loss": entropy_loss,
+                    "train/approx_kl": approx_kl,
+                    "train/clip_fraction": (((ratio - 1).abs() > self.clip_range) * weight).sum(),
+                    "mask/plackett_luce_entropy": entropy.mean(),
+                    "mask/effective_tokens": effective.mean(),
+                }
+            )
+        return loss, approx_kl
+
+    @torch.no_grad()
+    def _measure_value(self, rollout: Rollout) -> None:
+        variance = rollout.returns.var(correction=0)
+        explained = 1 - (rollout.returns - rollout.value).var(correction=0) / variance.clamp_min(1e-12)
+        self.meter.add({"train/explained_variance": explained})
+
+    @torch.no_grad()
+    def predict(self, observation: Any, deterministic: bool = False) -> tuple[Any, None]:
+        """Scores whose top K are a draw from the policy, or its most probable tokens.
+
+        Args:
+            observation: [T', S, D] or [B, T', S, D], numpy or torch.
+            deterministic: take the mode rather than a draw.
+
+        Returns:
+            Scores in [-1, 1], [N] or [B, N], of the same kind; and None, for there is no hidden state.
+        """
+        x, single, as_numpy = to_batch(observation, self.device)
+        logits, _ = self.policy(x)
+        policy = PlackettLuce(logits, logits.shape[1], self.explore)
+        order = policy.mode() if deterministic else policy.sample(self.generator)
+        return from_batch(picks_to_scores(order, logits.shape[1]), single, as_numpy), None
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy and its settings to one safetensors file.
+
+        Raises:
+            TypeError: for a policy module of one's own, which only its own code can build.
+        """
+        if not isinstance(self.policy, TrajectoryPolicy):
+            raise TypeError(f"save() knows how to bring back a TrajectoryPolicy, not a {type(self.policy).__name__}")
+        names = (
+            "learning_rate n_steps n_epochs n_minibatches clip_range ent_coef entropy_floor vf_coef gamma gae_lambda "
+            "target_kl normalize_advantage credit form power explore seed"
+        ).split()
+        settings = {name: getattr(self, name) for name in names} | {"max_grad_norm": self._guard.max_grad_norm}
+        metadata = {"format": FORMAT, "settings": json.dumps(settings), "policy": json.dumps(self.policy.options)}
+        save_file({name: x.contiguous() for name, x in self.policy.state_dict().items()}, str(path), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, env: str | gym.vector.VectorEnv[Any, Any, Any] | None = None) -> PPO:
+        """Bring back what ``save`` wrote, with a new optimiser; without ``env`` it can predict.
+
+        Raises:
+            ValueError: if the file is not such a checkpoint.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a PPO checkpoint of this package (format {metadata.get('format')!r})")
+        policy = TrajectoryPolicy(**json.loads(metadata["policy"]))
+        policy.load_state_dict(weights)
+        return cls(env, policy, **json.loads(metadata["settings"]))

@@ -1,0 +1,7 @@
+"""The masked autoencoder that the environment trains."""
+
+from tats_env.mae.checkpoint import load_learner, save_learner
+from tats_env.mae.learner import MAELearner, Reconstruction
+from tats_env.mae.model import SIZES, MAESize, VideoMAE
+
+__all__ = ["SIZES", "MAELearner", "MAESize", "Reconstruction", "VideoMAE", "load_learner", "save_learner"]

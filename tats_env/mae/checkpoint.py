@@ -1,0 +1,50 @@
+"""MAE checkpoints: safetensors, so that loading one never runs code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tats_env.grid import TokenGrid
+from tats_env.mae.learner import MAELearner
+
+FORMAT = "tats-env mae 1"
+
+
+def save_learner(learner: MAELearner, path: str | Path) -> None:
+    """Write the MAE's weights, size and token grid to one safetensors file."""
+    metadata = {"format": FORMAT, "size": learner.size, "grid": json.dumps(asdict(learner.grid))}
+    save_file({name: x.contiguous() for name, x in learner.model.state_dict().items()}, str(path), metadata)
+
+
+def load_learner(path: str | Path, *, device: str | torch.device = "auto", **options: Any) -> MAELearner:
+    """Bring back a learner from ``save_learner``'s file, with a new optimiser.
+
+    Args:
+        path: the safetensors file.
+        device: where to put it.
+        **options: of ``MAELearner``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not such a checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"mae checkpoint {str(path)!r} does not exist")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an MAE checkpoint of this package (format {metadata.get('format')!r})")
+    learner = MAELearner(TokenGrid(**json.loads(metadata["grid"])), metadata["size"], device=device, **options)
+    learner.model.load_state_dict(weights)
+    return learner

@@ -1,0 +1,118 @@
+"""A video masked autoencoder in VideoMAE's shape, assembled from timm's transformer blocks.
+
+Source: Tong et al., "VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
+Pre-Training", NeurIPS 2022; sizes as in its released code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from tats_env.grid import TokenGrid
+
+
+@dataclass(frozen=True)
+class MAESize:
+    """Width, depth and heads of encoder and decoder, and the learning rate that the size is trained with."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_embed_dim: int
+    decoder_depth: int
+    decoder_num_heads: int
+    learning_rate: float | None = None
+    """Absolute; None where the published rule holds, 1.5e-4 for every 256 clips of the global batch."""
+
+
+SIZES = {
+    # For CPUs: about 0.6 M parameters; its learning rate was tuned at 32 clips of 128 tokens.
+    "tiny": MAESize(96, 4, 3, 48, 1, 3, learning_rate=1.5e-3),
+    "small": MAESize(384, 12, 6, 192, 4, 3),
+    "base": MAESize(768, 12, 12, 384, 4, 6),
+    "large": MAESize(1024, 24, 16, 512, 12, 8),
+}
+
+
+def sinusoid_table(num_positions: int, dim: int) -> Tensor:
+    """Fixed positions over the flat token index, [1, N, D]: sine on even channels, cosine on odd (VideoMAE)."""
+    channel = torch.arange(dim, dtype=torch.float64)
+    rate = 10000 ** (2 * (channel // 2) / dim)
+    angle = torch.arange(num_positions, dtype=torch.float64)[:, None] / rate
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [B, K] of x [B, N, D] (or [1, N, D], shared by the batch) -> [B, K, D]."""
+    return x.expand(index.shape[0], -1, -1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class VideoMAE(nn.Module):
+    """Encoder over the K visible tokens only, shallow decoder over all N.
+
+    Pixels come in normalised; predictions are each hidden patch's pixels, normalised by the patch itself.
+    """
+
+    def __init__(self, grid: TokenGrid, size: MAESize) -> None:
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+
+        def blocks(depth: int, dim: int, heads: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+
+        self.num_tokens = grid.num_tokens
+        self.patch_embed = nn.Linear(grid.patch_dim, size.embed_dim)
+        self.blocks = blocks(size.depth, size.embed_dim, size.num_heads)
+        self.norm = norm(size.embed_dim)
+        self.decoder_embed = nn.Linear(size.embed_dim, size.decoder_embed_dim, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_embed_dim))
+        self.decoder_blocks = blocks(size.decoder_depth, size.decoder_embed_dim, size.decoder_num_heads)
+        self.decoder_norm = norm(size.decoder_embed_dim)
+        self.decoder_head = nn.Linear(size.decoder_embed_dim, grid.patch_dim)
+        self.register_buffer("pos_embed", sinusoid_table(grid.num_tokens, size.embed_dim), persistent=False)
+        self.register_buffer(
+            "decoder_pos_embed", sinusoid_table(grid.num_tokens, size.decoder_embed_dim), persistent=False
+        )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier-uniform projections and a small normal mask token, as VideoMAE starts."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters besides biases and norms that timm's optimiser groups leave undecayed."""
+        return {"mask_token"}
+
+    def tokens(self, patches: Tensor) -> Tensor:
+        """Embedding plus position of all tokens: patches [B, N, P] -> [B, N, D]."""
+        return self.patch_embed(patches) + self.pos_embed
+
+    def encode(self, visible_patches: Tensor, visible: Tensor) -> Tensor:
+        """Latents of the visible tokens: patches [B, K, P] at indices [B, K] -> [B, K, D]."""
+        x = self.patch_embed(visible_patches) + gather_tokens(self.pos_embed, visible)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decode(self, latents: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Predicted pixels of the hidden tokens: latents [B, K, D] -> [B, N - K, P]."""
+        shown = self.decoder_embed(latents) + gather_tokens(self.decoder_pos_embed, visible)
+        asked = self.mask_token + gather_tokens(self.decoder_pos_embed, hidden)
+        x = torch.cat([shown, asked.to(shown.dtype)], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_head(self.decoder_norm(x[:, visible.shape[1] :]))
+
+    def forward(self, visible_patches: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the hidden tokens [B, N - K, P] from the visible ones [B, K, P]; indices ascending."""
+        return self.decode(self.encode(visible_patches, visible), visible, hidden)

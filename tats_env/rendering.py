@@ -1,0 +1,99 @@
+"""A strip of frames: clip, visible tokens, reconstruction, error map and, where there is a policy, its heat map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from tats_env.grid import TokenGrid
+
+if TYPE_CHECKING:
+    from tats_env.task import MaskingTask
+
+MAX_FRAMES = 8
+MIN_FRAME_PIXELS = 64
+LABEL_PIXELS = 92
+GAP = 2
+HIDDEN_GREY = 64
+
+
+def render_task(task: MaskingTask, index: int) -> np.ndarray:
+    """The last decision of environment ``index`` (before the first: its clip alone), uint8 [height, width, 3]."""
+    if task.decision is None:
+        return strip({"clip": task.clips[index].cpu().numpy()}, task.grid)
+    return strip(decision_rows(task, index), task.grid)
+
+
+def decision_rows(task: MaskingTask, index: int, heat: Tensor | None = None) -> dict[str, np.ndarray]:
+    """What there is to see of the last decision of environment ``index``: named clips, uint8 [T, H, W, 3].
+
+    Args:
+        task: the masking task, after a step.
+        index: which of its environments.
+        heat: [N], a policy's logits, drawn as one more row.
+    """
+    assert task.decision is not None, "decision_rows() follows step()"
+    clips, shown = task.decision.clips[index : index + 1], task.decision.visible[index : index + 1]
+    visible = shown.byte().sort(dim=1, descending=True, stable=True).indices[:, : task.num_visible]
+    error = task.decision.reconstruction.token_error[index]
+    clip = clips[0].cpu().numpy()
+    rows = {
+        "clip": clip,
+        "visible": np.where(_spread(shown[0], task.grid)[..., None], clip, np.uint8(HIDDEN_GREY)),
+        "reconstruction": task.mae.predict_pixels(clips, visible)[0].cpu().numpy(),
+        "error": _heat(error / error.max().clamp_min(1e-12), task.grid),
+    }
+    if heat is not None:
+        rows["policy"] = _heat((heat - heat.max()).exp().sqrt(), task.grid)
+    return rows
+
+
+def strip(rows: dict[str, np.ndarray], grid: TokenGrid) -> np.ndarray:
+    """Labelled rows of clips [T, H, W, 3], the first frame of up to 8 tubelets side by side."""
+    steps = np.unique(np.linspace(0, grid.num_steps - 1, min(MAX_FRAMES, grid.num_steps)).round().astype(int))
+    return _mosaic({label: clip[steps * grid.tubelet_size] for label, clip in rows.items()})
+
+
+def animation(examples: Sequence[dict[str, np.ndarray]]) -> list[np.ndarray]:
+    """Examples side by side, what ``decision_rows`` gave for each as a column: one picture for each of T frames."""
+    num_frames = len(next(iter(examples[0].values())))
+    return [
+        _mosaic({label: np.stack([rows[label][t] for rows in examples]) for label in examples[0]})
+        for t in range(num_frames)
+    ]
+
+
+def _mosaic(rows: dict[str, np.ndarray]) -> np.ndarray:
+    """Labelled rows of pictures [n, H, W, 3], enlarged where they are small."""
+    from PIL import Image, ImageDraw
+
+    n, height, width = next(iter(rows.values())).shape[:3]
+    scale = -(-MIN_FRAME_PIXELS // min(height, width))
+    height, width = height * scale + GAP, width * scale + GAP
+    canvas = np.full((height * len(rows) - GAP, LABEL_PIXELS + width * n - GAP, 3), 255, np.uint8)
+    for r, pictures in enumerate(rows.values()):
+        for c, picture in enumerate(pictures):
+            large = picture.repeat(scale, 0).repeat(scale, 1)
+            y, x = r * height, LABEL_PIXELS + c * width
+            canvas[y : y + large.shape[0], x : x + large.shape[1]] = large
+    image = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(image)
+    for r, label in enumerate(rows):
+        draw.text((4, r * height + height // 2 - 6), label, fill=(0, 0, 0))
+    return np.asarray(image)
+
+
+def _spread(token_values: Tensor, grid: TokenGrid) -> np.ndarray:
+    """Values of the tokens [N], repeated over their pixels: [T, H, W]."""
+    volume = token_values.reshape(grid.num_steps, grid.rows, grid.columns).cpu().numpy()
+    return volume.repeat(grid.tubelet_size, 0).repeat(grid.patch_size, 1).repeat(grid.patch_size, 2)
+
+
+def _heat(values: Tensor, grid: TokenGrid) -> np.ndarray:
+    """Values in [0, 1] of the tokens [N] as colours [T, H, W, 3]: black through red to pale yellow."""
+    v = _spread(values.float().clamp(0, 1), grid)[..., None]
+    colour = np.clip(np.concatenate([2.2 * v, 2.2 * v - 0.8, 3.0 * v - 2.0], -1), 0, 1)
+    return (colour * 255).astype(np.uint8)

@@ -1,0 +1,231 @@
+"""The task behind both faces of the environment, batched and in torch: draw clips, observe, mask, score, reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import InvalidAction
+from torch import Tensor
+
+from tats_env.data import VideoSet, open_dataset
+from tats_env.grid import TokenGrid, token_budget, visible_mask
+from tats_env.mae import SIZES, MAELearner, load_learner
+from tats_env.mae.learner import resolve_device
+from tats_env.rewards import Decision, Reward, resolve_reward
+
+OBSERVATIONS = ("tokens", "pixels")
+_CLIP, _TIES, _UNIFORM = 1, 2, 3  # what a random number is for
+
+
+class TaskOptions(TypedDict, total=False):
+    """Keyword arguments of both environments; ``TATSMaskingEnv`` documents them."""
+
+    dataset: str | VideoSet
+    split: str
+    num_videos: int | None
+    mask_ratio: float
+    num_frames: int
+    frame_stride: int
+    size: int
+    tubelet_size: int
+    patch_size: int
+    mae: str | Path | MAELearner
+    mae_seed: int
+    reward: str | Reward
+    observation: str
+    horizon: int
+    foreground: bool
+    device: str | torch.device
+
+
+def keyed_bits(key: Tensor, *salt: int | Tensor) -> Tensor:
+    """Random bits that depend on nothing but their key: int64, of ``key``'s shape broadcast with the salts'.
+
+    SplitMix64's finaliser (Steele et al., OOPSLA 2014), applied once for each part. A counter in place of a state
+    makes a draw the same on every device and for every way of sharing out the environments.
+    """
+
+    def shifted(x: Tensor, by: int) -> Tensor:
+        return (x >> by) & ((1 << (64 - by)) - 1)  # torch's >> keeps the sign
+
+    x = key
+    for part in (0, *salt):
+        x = (x ^ part) + -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+        x = x ^ shifted(x, 31)
+    return x
+
+
+def keyed_order(key: Tensor, num_tokens: int) -> Tensor:
+    """A uniform random permutation of the tokens for each key: int64 [B] -> [B, N]."""
+    return keyed_bits(key[:, None], torch.arange(num_tokens, device=key.device)).argsort(dim=1)
+
+
+def top_tokens(scores: Tensor, k: int, tie_order: Tensor) -> Tensor:
+    """Indices [B, K], ascending, of the K highest scores [B, N]; equal scores rank as ``tie_order`` [B, N] has them."""
+    ranked = scores.gather(1, tie_order).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return tie_order.gather(1, ranked).sort(dim=1).values
+
+
+class MaskingTask:
+    """B parallel masking tasks on one device; ``TATSMaskingEnv`` documents the keyword arguments.
+
+    Randomness is keyed by (seed of the environment, episode, clip of the episode, purpose) alone.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        *,
+        dataset: str | VideoSet = "motion",
+        split: str = "train",
+        num_videos: int | None = 60,
+        mask_ratio: float = 0.9,
+        num_frames: int = 16,
+        frame_stride: int = 1,
+        size: int = 32,
+        tubelet_size: int = 2,
+        patch_size: int = 8,
+        mae: str | Path | MAELearner = "tiny",
+        mae_seed: int = 0,
+        reward: str | Reward = "surprise",
+        observation: str = "tokens",
+        horizon: int = 1,
+        foreground: bool = False,
+        device: str | torch.device = "auto",
+    ) -> None:
+        if observation not in OBSERVATIONS:
+            raise ValueError(f"observation {observation!r} is unknown; give one of {', '.join(OBSERVATIONS)}")
+        if horizon < 1:
+            raise ValueError(f"horizon={horizon}: an episode has at least one clip")
+        self.num_envs, self.horizon, self.observation = num_envs, horizon, observation
+        self.grid = TokenGrid(num_frames, size, size, tubelet_size, patch_size)
+        self.num_visible = token_budget(self.grid.num_tokens, mask_ratio)
+        self.reward = resolve_reward(reward)
+        self.mae = self._resolve_mae(mae, mae_seed, device)
+        self.device = self.mae.device
+        if isinstance(dataset, str):
+            dataset = open_dataset(
+                dataset, split=split, num_frames=num_frames, frame_stride=frame_stride, size=(size, size),
+                num_videos=num_videos,
+            )  # fmt: skip
+        self.videos = dataset
+        if foreground and not self.videos.has_foreground:
+            raise ValueError(f"foreground=True: the truth is known for rendered sets only, not for {dataset.name}")
+        self.with_foreground = foreground
+        width = self.mae.embed_dim if observation == "tokens" else self.grid.patch_dim
+        shape = (self.grid.num_steps, self.grid.num_positions, width)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.grid.num_tokens,), np.float32)
+        self.seeds = torch.zeros(num_envs, dtype=torch.int64)
+        self.episode, self.position = -1, 0
+        self.decision: Decision | None = None
+
+    def _resolve_mae(self, mae: str | Path | MAELearner, seed: int, device: str | torch.device) -> MAELearner:
+        if isinstance(mae, MAELearner):
+            learner = mae
+            if device != "auto" and resolve_device(device) != learner.device:
+                raise ValueError(f"device={str(device)!r}, but the given mae lives on {learner.device}")
+        elif str(mae) in SIZES:
+            learner = MAELearner(self.grid, str(mae), batch_size=self.num_envs, device=device, seed=seed)
+        elif Path(mae).is_file():
+            learner = load_learner(mae, device=device, batch_size=self.num_envs)
+        else:
+            raise ValueError(f"mae={str(mae)!r} is neither a size ({', '.join(SIZES)}) nor a checkpoint file")
+        if learner.grid != self.grid:
+            raise ValueError(f"the mae was made for {learner.grid}, but this environment's clips are {self.grid}")
+        return learner
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Fix everything but the MAE's weights: one seed an environment; the next episode is each one's first."""
+        self.seeds = torch.tensor([s % (1 << 63) for s in seeds], dtype=torch.int64)
+        self.episode = -1
+
+    def _key(self, episode: int, position: int, purpose: int) -> Tensor:
+        return keyed_bits(self.seeds, episode, position, purpose)
+
+    def _choose(self, episode: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """(video index [B], first frame [B]) of a clip: consecutive clips of one video within an episode."""
+        bits = keyed_bits(self._key(episode, 0, _CLIP)[:, None], torch.arange(2)).numpy() & ((1 << 62) - 1)
+        video = bits[:, 0] % len(self.videos)
+        span = self.videos.clip_span
+        room = np.maximum(self.videos.lengths[video] - self.horizon * span, 0) + 1
+        return video, bits[:, 1] % room + position * span
+
+    def begin_episode(self) -> None:
+        """Draw the first clip of every environment's next episode."""
+        self.episode, self.position = self.episode + 1, 0
+        self._load()
+
+    def next_clip(self) -> None:
+        """Go on to the next clip of the episode."""
+        self.position += 1
+        self._load()
+
+    @property
+    def episode_ends(self) -> bool:
+        """Whether the decision on the present clip is the episode's last."""
+        return self.position + 1 == self.horizon
+
+    def _load(self) -> None:
+        self.video_index, self.start_frame = self._choose(self.episode, self.position)
+        self.clips = self.videos.clips(self.video_index, self.start_frame, self.device)
+        following = (self.episode + 1, 0) if self.episode_ends else (self.episode, self.position + 1)
+        self.videos.prefetch(*self._choose(*following))
+
+    @torch.no_grad()
+    def observe(self) -> Tensor:
+        """float32 [B, T', S, D]: the MAE's tokens of the present clips, or their normalised patches."""
+        if self.observation == "tokens":
+            return self.mae.tokens(self.clips)
+        pixels = self.mae.normalize(self.grid.patchify(self.clips))
+        return pixels.unflatten(1, (self.grid.num_steps, self.grid.num_positions))
+
+    def check_shape(self, actions: Tensor | np.ndarray, shape: tuple[int, ...]) -> None:
+        """Raise InvalidAction unless ``actions`` has the given shape."""
+        if tuple(actions.shape) != shape:
+            raise InvalidAction(f"the action has shape {tuple(actions.shape)}; one score a token is {shape}")
+
+    def step(self, scores: Tensor) -> Tensor:
+        """Mask the present clips by the K highest scores [B, N], reconstruct, and return the reward, float32 [B].
+
+        ``self.decision`` then holds what came of it. A NaN ranks as a score of 0; the faces report it.
+        """
+        ties, uniform = (self._key(self.episode, self.position, p).to(self.device) for p in (_TIES, _UNIFORM))
+        n = self.grid.num_tokens
+        visible = top_tokens(scores.nan_to_num(0.0), self.num_visible, keyed_order(ties, n))
+        uniform_visible = keyed_order(uniform, n)[:, : self.num_visible].sort(dim=1).values
+        reconstruction = self.mae.reconstruct(self.clips, visible)
+        self.decision = Decision(self.mae, self.clips, visible_mask(visible, n), reconstruction, uniform_visible)
+        with torch.no_grad():
+            return self.reward(self.decision).float()
+
+    def token_info(self) -> dict[str, Tensor]:
+        """What came of the last decision, by token and by clip."""
+        assert self.decision is not None, "token_info() follows step()"
+        found = self.decision.reconstruction
+        info = {
+            "token_error": found.token_error,
+            "motion_error": found.motion_error,
+            "visible": self.decision.visible,
+            "reconstruction_error": found.reconstruction_error,
+        }
+        if self.with_foreground:
+            info["foreground"] = self.foreground()
+        return info
+
+    def foreground(self) -> Tensor:
+        """Share of each token's pixels on moving foreground, of the present clips: float32 [B, N]."""
+        return self.grid.token_share(self.videos.foreground(self.video_index, self.start_frame, self.device))
+
+    def identity_info(self) -> dict[str, Tensor]:
+        """Which clips are present: video, first frame, and class (-1 if unknown), int64 [B] each."""
+        label = self.videos.labels[self.video_index]
+        host = {"video_index": self.video_index, "start_frame": self.start_frame, "label": label}
+        return {name: torch.as_tensor(x).to(self.device, non_blocking=True) for name, x in host.items()}

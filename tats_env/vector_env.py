@@ -1,0 +1,137 @@
+"""The natively batched face of the masking task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import InvalidAction
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+from typing_extensions import Unpack
+
+from tats_env.mae import MAELearner
+from tats_env.rendering import render_task
+from tats_env.task import MaskingTask, TaskOptions
+
+Array = Any  # numpy.ndarray or torch.Tensor, as `output` says
+
+
+class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
+    """B masking tasks on one device, with one forward pass for all; `TATSMaskingEnv` documents the task.
+
+    Environment i with `reset(seed=s)` is the single environment with `reset(seed=s + i)`; a list of seeds gives one
+    to each. Autoreset is `AutoresetMode.SAME_STEP`: a step that ends an episode returns the next one's observation,
+    and the ended one's under `final_obs` (dense, [B, T', S, D]) and `final_info`. At the top level `video_index`,
+    `start_frame` and `label` tell of the clip now observed, in `final_info` of the clip just scored; `token_error`,
+    `motion_error`, `visible`, `reconstruction_error` and `foreground` tell of the clip just scored in both.
+
+    With `output="numpy"` the vector wrappers that support SAME_STEP work: `RecordEpisodeStatistics`, `NumpyToTorch`,
+    `DictInfoToList`, `NormalizeReward`, and transforms of actions and rewards. Transforms of observations
+    (`FlattenObservation`, `NormalizeObservation`, ...) need another autoreset mode and refuse. With `output="torch"`
+    observations, rewards, flags and info stay on the device, and so should actions: nothing in a step waits for it.
+    A NaN among the actions is then reported by `check()`, which trainers call when they log.
+
+    Args:
+        num_envs: B.
+        output: `numpy` or `torch`.
+        render_mode: None or `rgb_array`.
+        **options: as of `TATSMaskingEnv`.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {
+        "render_modes": ["rgb_array"],
+        "render_fps": 2,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        output: str = "numpy",
+        render_mode: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> None:
+        if output not in ("numpy", "torch"):
+            raise ValueError(f"output {output!r} is unknown; give numpy or torch")
+        if num_envs < 1:
+            raise ValueError(f"num_envs={num_envs}: give at least 1")
+        self.num_envs, self.output, self.render_mode = num_envs, output, render_mode
+        self.task = MaskingTask(num_envs, **options)
+        self.single_observation_space: gym.Space[Any] = self.task.observation_space
+        self.single_action_space: gym.Space[Any] = self.task.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._seeded = False
+        self._all_done = torch.ones(num_envs, dtype=torch.bool, device=self.task.device)
+        self._num_nan = torch.zeros((), dtype=torch.int64, device=self.task.device)
+
+    @property
+    def mae(self) -> MAELearner:
+        """The learner whose errors are the reward."""
+        return self.task.mae
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Draw the first clip of every environment's next episode; seeds start their sequences of episodes anew."""
+        super().reset(seed=seed if seed is None or isinstance(seed, int) else seed[0])
+        if seed is None and not self._seeded:
+            seed = int(self.np_random.integers(1 << 62))
+        if seed is not None:
+            seeds = [int(seed) + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else list(seed)  # type: ignore[arg-type, call-overload]
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one to each")
+            self.task.seed(seeds)
+            self._seeded = True
+        self.task.begin_episode()
+        self.task.decision = None
+        self._observation = self._out(self.task.observe())
+        return self._observation, self._out(self.task.identity_info())
+
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        """Keep the K highest scores of each row of ``actions`` [B, N] visible, and go on to the next clips."""
+        self.task.check_shape(actions, (self.num_envs, self.task.grid.num_tokens))
+        scores = torch.as_tensor(actions, dtype=torch.float32, device=self.task.device)
+        self._num_nan += scores.isnan().sum()
+        if self.output == "numpy":
+            self.check()
+        rewards = self.task.step(scores)
+        info: dict[str, Any] = self._out(self.task.token_info())
+        ended = self.task.episode_ends
+        terminated = self._all_done if ended else ~self._all_done
+        if ended:
+            final_info = {**info, **self._out(self.task.identity_info())}
+            info |= {"final_obs": deepcopy(self._observation), "final_info": final_info}
+            info["_final_obs"] = info["_final_info"] = self._out(self._all_done)
+            self.task.begin_episode()
+        else:
+            self.task.next_clip()
+        info |= self._out(self.task.identity_info())
+        self._observation = self._out(self.task.observe())
+        truncated = torch.zeros_like(terminated)
+        return self._observation, self._out(rewards), self._out(terminated), self._out(truncated), info
+
+    def check(self) -> None:
+        """Raise InvalidAction if an action since the last call held a NaN; waits for the device."""
+        num_nan = int(self._num_nan)
+        if num_nan:
+            self._num_nan.zero_()
+            raise InvalidAction(f"the actions held {num_nan} NaN; every score must be a number")
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """For each environment uint8 [height, width, 3]: clip, visible tokens, reconstruction and error."""
+        if self.render_mode != "rgb_array":
+            return None
+        return tuple(render_task(self.task, i) for i in range(self.num_envs))
+
+    def _out(self, x: Tensor | dict[str, Tensor]) -> Any:
+        if isinstance(x, dict):
+            return {name: self._out(y) for name, y in x.items()}
+        return x if self.output == "torch" else x.cpu().numpy()
