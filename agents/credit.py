@@ -34,7 +34,7 @@ PROPORTIONAL_BOUND = 20.0
 LOG_RATIO_BOUND = 10.0
 """Far beyond any clip range: it only keeps exp() finite should two policies drift apart."""
 DUAL_CLIP = 3.0
-"""A negative advantage counts at most this ratio (dual clip: Ye et al., AAAI 2020), for PPO's clip does not bound it."""
+"""A negative advantage counts at most this ratio (dual clip: Ye et al., AAAI 2020); PPO's clip does not bound it."""
 
 
 class Credit(NamedTuple):
@@ -45,7 +45,7 @@ class Credit(NamedTuple):
 
 
 def standardised(values: Tensor, counts: Tensor) -> Tensor:
-    """(value - clip mean) / clip deviation over what counts, within +-3: [B, X] -> [B, X], 0 where it does not count."""
+    """(value - clip mean) / clip deviation, within +-3, over what counts and 0 elsewhere: [B, X] -> [B, X]."""
     weight = counts.float()
     total = weight.sum(1, keepdim=True).clamp_min(1)
     centred = (values - (values * weight).sum(1, keepdim=True) / total) * weight

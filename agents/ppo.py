@@ -6,6 +6,7 @@ stable-baselines3.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,6 +152,7 @@ class PPO:
                 policy = TrajectoryPolicy(self.env.single_observation_space.shape, **(policy_kwargs or {}))
         self.policy = policy.to(self.device)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=learning_rate, fused=True)
+        self.max_grad_norm = max_grad_norm
         self._guard = GuardedOptimizer(self.optimizer, self.policy.parameters(), max_grad_norm)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._reward_mean, self._reward_variance, self._reward_weight = torch.zeros(3, device=self.device).unbind()
@@ -342,11 +344,7 @@ class PPO:
         """
         if not isinstance(self.policy, TrajectoryPolicy):
             raise TypeError(f"save() knows how to bring back a TrajectoryPolicy, not a {type(self.policy).__name__}")
-        names = (
-            "learning_rate n_steps n_epochs n_minibatches clip_range ent_coef entropy_floor vf_coef gamma gae_lambda "
-            "target_kl normalize_advantage credit form power explore seed"
-        ).split()
-        settings = {name: getattr(self, name) for name in names} | {"max_grad_norm": self._guard.max_grad_norm}
+        settings = {name: getattr(self, name) for name in (*SETTINGS, "seed")}
         metadata = {"format": FORMAT, "settings": json.dumps(settings), "policy": json.dumps(self.policy.options)}
         save_file({name: x.contiguous() for name, x in self.policy.state_dict().items()}, str(path), metadata)
 
@@ -365,3 +363,7 @@ class PPO:
         policy = TrajectoryPolicy(**json.loads(metadata["policy"]))
         policy.load_state_dict(weights)
         return cls(env, policy, **json.loads(metadata["settings"]))
+
+
+SETTINGS = tuple(inspect.signature(PPO).parameters.keys() - {"env", "policy", "policy_kwargs", "seed"})
+"""Names of PPO's own settings, for configurations and checkpoints."""

@@ -5,12 +5,15 @@ Importing this loads neither torch nor decord: the renderer's worker processes c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tats_env.data.reader import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tats_env.data.video_set import VideoSet
 
 __all__ = ["DataError", "VideoSet", "open_dataset"]
@@ -69,17 +72,14 @@ def open_dataset(
     from tats_env.data.video_set import VideoSet
 
     kind, _, path = spec.partition(":")
-    truth = None
+    truth: Callable[[Path], np.ndarray] | None = None
     if spec == "motion":
         from tats_env.data import motion
 
         indices = range(num_videos or MOTION_VIDEOS)
         paths = motion.render(seed, split, len(indices), progress=progress)
         labels, class_names = [i % len(motion.CLASS_NAMES) for i in indices], list(motion.CLASS_NAMES)
-
-        def truth(path: Path) -> Any:
-            return motion.foreground_masks(seed, split, int(path.stem), size)
-
+        truth = lambda path: motion.foreground_masks(seed, split, int(path.stem), size)  # noqa: E731
     elif kind == "folder" and path:
         from tats_env.data.folder import list_videos
 

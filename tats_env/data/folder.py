@@ -13,8 +13,7 @@ import numpy as np
 from tats_env.data.reader import DataError
 
 EXTENSIONS = (
-    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
-    ".ts", ".webm", ".wmv",
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv",
 )  # fmt: skip
 VALIDATION_SHARE = 0.2
 _SMALLEST_STRATUM = 5  # a class with fewer videos is split together with the other small ones
@@ -24,7 +23,8 @@ _log = logging.getLogger("tats_env.data")
 
 def _find(root: Path) -> list[Path]:
     """Paths, relative to ``root`` and sorted, of all video files below it, through links to folders as well."""
-    found, seen = [], set()
+    found: list[Path] = []
+    seen: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up

@@ -7,12 +7,12 @@ moves with it and has a motion of its own, which is the class:
 - ``static``: none of its own;
 - ``left``, ``right``, ``up``, ``down``, ``up_right``, ``down_left``: a straight line, 1 to 2.5 pixels a frame;
 - ``rotate_clockwise``, ``rotate_counterclockwise``: about its centre, the rim at 1 to 2.5 pixels a frame;
-- ``grow``, ``shrink``: from 12 to 24 pixels across over the video, or back;
+- ``grow``, ``shrink``: from 14 to 26 pixels across over the video, or back;
 - ``bounce_horizontal``, ``bounce_vertical``: to and fro at 1 to 2.5 pixels a frame, 12 to 16 frames a cycle;
 - ``orbit_clockwise``, ``orbit_counterclockwise``: round a circle at 1 to 2.5 pixels a frame, 14 to 24 frames a turn.
 
 The picture is a torus: what leaves on one side enters on the other. So the sprite never leaves, the label is true of
-every window of a video, and the sprite's place is uniform whatever its motion. Its size is log-uniform from 12 to 24
+every window of a video, and the sprite's place is uniform whatever its motion. Its size is log-uniform from 14 to 26
 pixels and its orientation uniform in all classes alike (``grow`` sweeps that very range once), so that a single frame
 drawn at random says nothing about the class.
 
@@ -29,7 +29,6 @@ leaves whole files only (each is moved into place when done).
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -41,7 +40,7 @@ from pathlib import Path
 import numpy as np
 
 from tats_env.data import SPLITS
-from tats_env.data.reader import DataError, cover
+from tats_env.data.reader import DataError, cover, num_cores
 
 CLASS_NAMES = (
     "static", "left", "right", "up", "down", "up_right", "down_left", "rotate_clockwise", "rotate_counterclockwise",
@@ -49,7 +48,7 @@ CLASS_NAMES = (
 )  # fmt: skip
 VERSION = "motion-v1"  # of the files in the cache: a change to the picture needs a new one
 FRAMES, SIZE, FPS, KEY_FRAME_EVERY = 40, 64, 24, 8
-RADIUS = (6.0, 12.0)  # of the circle round the sprite, in pixels
+RADIUS = (7.0, 13.0)  # of the circle round the sprite, in pixels
 _DIRECTIONS = {
     "left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0),
     "up_right": (-(0.5**0.5), 0.5**0.5), "down_left": (0.5**0.5, -(0.5**0.5)),
@@ -125,7 +124,7 @@ def _outline(rng: np.random.Generator) -> np.ndarray:
     sector = 2 * np.pi / corners
     if kind == 1:
         return np.cos(sector / 2) / np.cos(angle % sector - sector / 2)
-    return 1 - (1 - aspect) * (1 - np.cos(angle * corners))
+    return 1 - 0.7 * (1 - aspect) * (1 - np.cos(angle * corners))
 
 
 def _pattern(rng: np.random.Generator) -> tuple[str, np.ndarray]:
@@ -161,8 +160,8 @@ def _sprite_window(s: Scene) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.nda
     y, x = cos * dy - sin * dx, sin * dy + cos * dx
     bearing = np.arctan2(y, x) * np.float32(_OUTLINE_ANGLES / (2 * np.pi))
     edge = s.outline.astype(np.float32)[np.rint(bearing).astype(np.int64) % _OUTLINE_ANGLES]
-    cover_ = np.clip((edge - np.hypot(y, x)) * radius + 0.5, 0, 1)  # antialiased: a ramp one pixel wide
-    return index, cover_, y, x
+    covered = np.clip((edge - np.hypot(y, x)) * radius + 0.5, 0, 1)  # antialiased: a ramp one pixel wide
+    return index, covered, y, x
 
 
 def background(s: Scene) -> np.ndarray:
@@ -173,7 +172,7 @@ def background(s: Scene) -> np.ndarray:
     """
     y, x = np.fft.fftfreq(SIZE), np.fft.rfftfreq(SIZE)
     cycles = SIZE * np.hypot(y[:, None], x)
-    octaves = np.where((cycles >= 1) & (cycles <= 16), np.maximum(cycles, 1) ** -1.2, 0)
+    octaves = np.where((cycles >= 1) & (cycles <= 16), np.maximum(cycles, 1) ** -2, 0)
     noise = np.fft.rfft2(s.noise) * octaves
     noise *= SIZE / np.sqrt(np.square(np.fft.irfft2(noise)).sum(axis=(1, 2), keepdims=True))
     spectrum = 40 * noise[:1] + 15 * noise[1:]  # brightness, and some colour
@@ -228,6 +227,10 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("tats-env"))
 
 
+def _file_name(index: int) -> str:
+    return f"{index:05d}.mp4"
+
+
 def render(seed: int, split: str, num_videos: int, *, progress: bool = False) -> list[Path]:
     """Paths of the first ``num_videos`` videos of a split; renders those that are not in the cache yet.
 
@@ -235,64 +238,62 @@ def render(seed: int, split: str, num_videos: int, *, progress: bool = False) ->
         DataError: if the cache cannot be written, or a worker process fails (with what it said).
     """
     folder = cache_folder() / VERSION / str(seed) / split
-    paths = [folder / f"{i:05d}.mp4" for i in range(num_videos)]
+    paths = [folder / _file_name(i) for i in range(num_videos)]
     if all(path.exists() for path in paths):
         return paths
+    from filelock import FileLock
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        from filelock import FileLock
-
-        with FileLock(folder / ".lock"):
-            for leftover in folder.glob(".render-*"):  # of a render that was killed: nobody else holds the lock
-                shutil.rmtree(leftover, ignore_errors=True)
-            missing = [i for i, path in enumerate(paths) if not path.exists()]
-            if missing:
-                _run_workers(seed, split, missing, folder, progress)
-    except PermissionError as error:
-        raise DataError(f"cannot write rendered videos: {error}; set TATS_CACHE to a folder that can be") from error
+        lock = FileLock(folder / ".lock").acquire()
+    except OSError as error:
+        raise DataError(f"cannot write rendered videos to {folder}: {error}; set TATS_CACHE elsewhere") from error
+    with lock:
+        for leftover in folder.glob(".render-*"):  # of a render that was killed: nobody else holds the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        _run_workers(seed, split, paths, progress)
     return paths
 
 
-def _run_workers(seed: int, split: str, indices: list[int], folder: Path, progress: bool) -> None:
-    """Share the indices out to worker processes and wait for them.
+def _run_workers(seed: int, split: str, paths: list[Path], progress: bool) -> None:
+    """Have worker processes render what is missing, and wait for them.
 
     Plain subprocesses, since ``multiprocessing`` would import the user's main module again in each, and is refused
     to daemonic processes. All write the number of videos done to one pipe, which ends when the last of them does.
     """
     from rich.progress import Progress
 
+    missing = sum(not path.exists() for path in paths)
+    num_workers = min(num_cores(), -(-missing // 4))
+    command = [sys.executable, "-m", "tats_env.data.motion", str(seed), split, str(paths[0].parent), str(len(paths))]
     package_root = str(Path(__file__).parents[2])
     search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "tats_env.data.motion", str(seed), split, str(folder)]
-    num_workers = min(os.cpu_count() or 1, -(-len(indices) // 4))
     workers: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryFile() as errors, Progress(disable=not progress) as bar:
-        task = bar.add_task(f"rendering motion ({split})", total=len(indices))
-        read_end, write_end = os.pipe()
+    read_end, write_end = os.pipe()
+    with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as counts, Progress(disable=not progress) as bar:
+        task = bar.add_task(f"rendering motion ({split})", total=missing)
         try:
-            with os.fdopen(read_end) as counts:
-                try:
-                    for w in range(num_workers):
-                        worker = subprocess.Popen(
-                            command, stdin=subprocess.PIPE, stdout=write_end, stderr=errors,
-                            env={**os.environ, "PYTHONPATH": search_path},
-                        )  # fmt: skip
-                        workers.append(worker)
-                        with contextlib.suppress(BrokenPipeError), worker.stdin:  # type: ignore[union-attr]
-                            worker.stdin.write(json.dumps(indices[w::num_workers]).encode())  # type: ignore[union-attr]
-                finally:
-                    os.close(write_end)
-                for count in counts:
-                    bar.advance(task, int(count))
+            with os.fdopen(write_end, "wb") as written:
+                for w in range(num_workers):
+                    worker = subprocess.Popen(
+                        [*command, str(w), str(num_workers)],
+                        stdin=subprocess.DEVNULL, stdout=written, stderr=errors,
+                        env={**os.environ, "PYTHONPATH": search_path},
+                    )  # fmt: skip
+                    workers.append(worker)
+            for count in counts:
+                bar.advance(task, int(count))
+        except BaseException:  # interrupted: do not wait for the rest of the work
+            for worker in workers:
+                worker.kill()
+            raise
         finally:
             for worker in workers:
-                if sys.exc_info()[0] is not None:  # interrupted: do not wait for the rest of the work
-                    worker.kill()
                 worker.wait()
         if any(worker.returncode for worker in workers):
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip()[-2000:]
-            raise DataError(f"rendering the motion set into {folder} failed; the worker process said:\n{said}")
+            raise DataError(f"rendering to {paths[0].parent} failed; the worker process said:\n{said}")
 
 
 def _encode(seed: int, split: str, indices: list[int], folder: Path) -> None:
@@ -310,25 +311,27 @@ def _encode(seed: int, split: str, indices: list[int], folder: Path) -> None:
         "-f", "segment", "-segment_frames", cuts, "-segment_format", "mp4", "-reset_timestamps", "1", "%05d.mp4",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix=".render-", dir=folder) as work:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=work) as encoder:
-            with contextlib.suppress(BrokenPipeError), encoder.stdin:  # type: ignore[union-attr]
-                for index in indices:
-                    encoder.stdin.write(frames(seed, split, index).data)  # type: ignore[union-attr]
+        encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=work)
+        with contextlib.suppress(BrokenPipeError), encoder.stdin:  # type: ignore[union-attr]
+            for index in indices:
+                encoder.stdin.write(frames(seed, split, index).data)  # type: ignore[union-attr]
+        encoder.wait()
         segments = sorted(Path(work).iterdir())
         if encoder.returncode or len(segments) != len(indices):
             raise RuntimeError(
                 f"ffmpeg ended with code {encoder.returncode} and {len(segments)} files for {len(indices)} videos"
             )
         for index, segment in zip(indices, segments, strict=True):
-            os.replace(segment, folder / f"{index:05d}.mp4")
+            os.replace(segment, folder / _file_name(index))
 
 
 def main() -> None:
-    """A worker process: renders the indices it reads from standard input, and prints how many after each batch."""
-    seed, split, folder = sys.argv[1:]
-    indices = json.load(sys.stdin)
-    for first in range(0, len(indices), _VIDEOS_PER_ENCODER):
-        batch = indices[first : first + _VIDEOS_PER_ENCODER]
+    """Worker process w of n: renders those of videos w, w + n, ... that are missing; prints how many as it goes."""
+    seed, split, folder, num_videos, w, n = sys.argv[1:]
+    mine = range(int(w), int(num_videos), int(n))
+    missing = [i for i in mine if not (Path(folder) / _file_name(i)).exists()]
+    for first in range(0, len(missing), _VIDEOS_PER_ENCODER):
+        batch = missing[first : first + _VIDEOS_PER_ENCODER]
         _encode(int(seed), split, batch, Path(folder))
         print(len(batch), flush=True)
 

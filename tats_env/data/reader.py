@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ class VideoInfo(NamedTuple):
     num_frames: int
     height: int
     width: int
+
+
+def num_cores() -> int:
+    """Cores this process may use: what decoding and rendering are spread over."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
@@ -103,7 +109,14 @@ def read_frames(
     with _decoding(path):
         decord = _decord()
         video = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, width=columns, height=rows)
-        frames = video.get_batch(wanted).asnumpy()
+        try:
+            frames = video.get_batch(wanted).asnumpy()
+        except decord.DECORDError as error:
+            if "from_size == to_size" not in str(error):
+                raise
+            # dmlc/decord#336: rows padded to a whole number of pixels (48 wide, say) pass for rows of more channels
+            padded = np.stack([video[int(i)].asnumpy() for i in wanted]).reshape(len(wanted), rows, -1)
+            frames = padded[:, :, : 3 * columns].reshape(len(wanted), rows, columns, 3)
         if frames.shape != (len(wanted), rows, columns, 3):
             raise UnreadableVideo(path, f"{len(wanted)} frames asked for, {len(frames)} came")
     return frames[:, top : top + size[0], left : left + size[1]]

@@ -1,0 +1,1 @@
+"""Experiments: one schema, one command line, one YAML a question."""

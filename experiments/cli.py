@@ -1,0 +1,86 @@
+"""The command ``tats``: a table of verbs. What a verb needs is imported when it starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from experiments.config import ConfigError, RunConfig, load_config, override_config, packaged_configs
+
+_HELP = ("-h", "--help")
+
+
+class Verb(NamedTuple):
+    """One thing that ``tats`` does."""
+
+    summary: str
+    example: str
+    main: Callable[[Sequence[str]], int]
+    """Takes what follows the verb on the command line, returns the exit code."""
+
+
+def _run(args: Sequence[str]) -> int:
+    if args and args[0] in _HELP:
+        override_config(RunConfig(), ["--help"], prog="tats run CONFIG")
+    if not args or args[0].startswith("-"):
+        raise ConfigError(
+            "tats run: a configuration comes first, then options: tats run CONFIG [--steps 100 ...]\n"
+            f"CONFIG is a YAML file or one that comes with the package: {', '.join(packaged_configs())}"
+        )
+    config = load_config(args[0], args[1:], prog=f"tats run {args[0]}")
+    from experiments.run import run
+
+    return run(config)
+
+
+VERBS = {
+    "run": Verb("train the MAE and the token sampler together, then evaluate", "tats run quickstart --steps 100", _run),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())
+    examples = "\n".join(f"  {verb.example}" for verb in VERBS.values())
+    return (
+        "usage: tats VERB ...    (tats VERB --help says more, tats --version which release this is)\n\n"
+        f"verbs:\n{verbs}\n\nexample:\n{examples}"
+    )
+
+
+def _is_ours(error: ValueError) -> bool:
+    # By name, since the data code is too heavy to import for this.
+    return isinstance(error, ConfigError) or any(kind.__name__ == "DataError" for kind in type(error).__mro__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 2 for what the user can mend, 130 when interrupted.
+
+    Raises:
+        SystemExit: by tyro, after ``--help`` or an option that is unknown or can't be read.
+    """
+    verb, *args = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in _HELP:
+        print(_usage())
+        return 0
+    if verb == "--version":
+        from tats_env import __version__
+
+        print(f"tats-env {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = "".join(f"; did you mean tats {name}?" for name in get_close_matches(verb, VERBS, n=1))
+        print(f"tats: {verb}: unknown verb; there are {', '.join(VERBS)}{near}", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[verb].main(args)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
