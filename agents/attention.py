@@ -1,4 +1,4 @@
-"""Trajectory attention: attend within each frame, then along time, so that a token follows its moving object."""
+"""Trajectory attention: attend within each frame, then along time, so that a token follows its object."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ class TrajectoryAttention(nn.Module):
     """Multi-head trajectory attention over a clip's tokens: [B, T', S, D] -> [B, T', S, D].
 
     Patrick et al., "Keeping Your Eye on the Ball: Trajectory Attention in Video Transformers" (NeurIPS 2021),
-    section 3. Each of the N = T' * S queries pools the S values of every frame on its own, which gives T' trajectory
-    tokens; a second attention, whose query is the trajectory token at the query's own time, pools those over time::
+    section 3. Each of the N = T' * S queries pools the S values of every frame on its own, which gives T'
+    trajectory tokens; a second attention, whose query is the trajectory token at the query's own time, pools
+    those over time::
 
         y~[s,t,t'] = sum_s' v[s',t'] softmax_s'(<q[s,t], k[s',t']> / sqrt(D/heads))
         y[s,t]     = sum_t' W_v y~[s,t,t'] softmax_t'(<W_q y~[s,t,t], W_k y~[s,t,t']> / sqrt(D/heads))
 
-    and an output projection follows. Differences to the released Motionformer code: W_v is applied, which that code
-    leaves out, and W_k has no bias, since it would shift all T' logits of a query alike and never learn.
+    and an output projection follows. Differences to the released Motionformer code: W_v is applied, which
+    that code leaves out, and W_k has no bias, since it would shift all T' logits of a query alike and never
+    learn.
 
-    The same function is computed without projecting the N * T' trajectory tokens: <W_q a, W_k b> = <W_k^T W_q a, b>,
-    so W_k is folded into the N queries, and W_v with its bias commutes with the temporal sum, whose weights sum to 1.
-    No tensor is larger than the N * T' * D trajectory tokens of a clip (or the 3 * N * D queries, keys and values, if
-    T' < 3); nothing is N x N.
+    The same function is computed without projecting the N * T' trajectory tokens: <W_q a, W_k b> equals
+    <W_k^T W_q a, b>, so W_k is folded into the N queries, and W_v with its bias commutes with the temporal
+    sum, whose weights sum to 1. No tensor is larger than the N * T' * D trajectory tokens of a clip (or the
+    3 * N * D queries, keys and values, if T' < 3); nothing is N x N.
 
     Args:
         dim: D, the width of a token.
@@ -38,8 +40,8 @@ class TrajectoryAttention(nn.Module):
         super().__init__()
         if dim < 1 or num_heads < 1 or dim % num_heads:
             raise ValueError(
-                f"dim={dim} cannot be shared out over num_heads={num_heads}: both must be positive and dim a multiple "
-                "of num_heads"
+                f"dim={dim} cannot be shared out over num_heads={num_heads}: give positive numbers of which "
+                "num_heads divides dim"
             )
         self.dim = dim
         self.num_heads = num_heads
@@ -54,19 +56,20 @@ class TrajectoryAttention(nn.Module):
         """Tokens [B, T', S, D] -> tokens [B, T', S, D] that have looked along their trajectories."""
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"tokens have shape {tuple(x.shape)}; expected [B, T', S, {self.dim}]")
-        steps = x.shape[1]
+        batch, steps = x.shape[:2]
         trajectories = self._attend_frames(x)
-        own = rearrange(trajectories, "(t s b) u d -> s b d t u", t=steps, b=x.shape[0]).diagonal(dim1=-2, dim2=-1)
-        tokens = self.proj(self._attend_time(rearrange(own, "s b d t -> (t s b) d"), trajectories))
-        return rearrange(tokens, "(t s b) d -> b t s d", t=steps, b=x.shape[0])
+        by_time = rearrange(trajectories, "(t s b) u d -> s b d t u", t=steps, b=batch)
+        own = rearrange(by_time.diagonal(dim1=-2, dim2=-1), "s b d t -> (t s b) d")
+        tokens = self.proj(self._attend_time(own, trajectories))
+        return rearrange(tokens, "(t s b) d -> b t s d", t=steps, b=batch)
 
     def _attend_frames(self, x: Tensor) -> Tensor:
-        """Tokens [B, T', S, D] -> trajectory tokens y~ [N * B, T', D], a view of the attention's own output."""
-        steps, batch = x.shape[1], x.shape[0]
+        """Tokens [B, T', S, D] -> trajectory tokens y~ [N * B, T', D], a view of the attention's output."""
+        batch, steps = x.shape[:2]
         qkv = rearrange(self.qkv(x), "b t s (three h d) -> three t s (b h) d", three=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
-        # A real copy of the queries for each key frame: broadcasting them with a zero stride saves memory, but makes
-        # cuDNN attention fail in PyTorch releases without pull request 175764.
+        # A real copy of the queries for each key frame: broadcasting them with a zero stride saves memory but
+        # makes cuDNN attention fail in PyTorch releases without pull request 175764.
         q = q.flatten(0, 1).expand(steps, -1, -1, -1).contiguous()
         # The kernels lay their output out like the queries, so the next reshape copies nothing.
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

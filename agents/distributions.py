@@ -5,32 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Log-weight of a token that can no longer be drawn: its exponential is 0, yet 0 * _NEVER is 0 where 0 * -inf is NaN.
+# Log-weight of a token that can no longer be drawn: its exponential is 0, and 0 * _NEVER is 0 too, which
+# 0 * -inf is not.
 _NEVER = -1e30
+_TINY = torch.finfo(torch.float64).tiny
 
 
 class PlackettLuce:
     """The Plackett-Luce distribution over ordered draws without replacement of K of N tokens.
 
     Each draw takes token i with probability p_i over the sum of p of the tokens not yet drawn, where
-    p = (1 - explore) softmax(logits) + explore / N. Leading dimensions ([B] or any, written ...) are independent.
+    p = (1 - explore) softmax(logits) + explore / N. Leading dimensions, written ..., are independent.
 
-    The arithmetic is float64 inside, whatever the logits are, and results are float32 (float64 for float64 logits):
-    in float32 the running sums over up to K draws are off by 1e-5, which is no longer small beside the logarithm of
-    a PPO ratio. For logits within +-20 and N = K = 1568 results are within 2e-7 * max(1, |result|) of exact, that is
-    float32's own rounding; nothing overflows or turns into NaN for any finite logits. Time and memory are O(N).
+    The arithmetic is float64 inside, whatever the logits are, and results are float32 (float64 for float64
+    logits): in float32 the running sums over K draws are off by up to 1e-5 a pick, for logits within +-20 and
+    N = K = 1568. As it is, results are within 2e-7 * max(1, |result|) of exact, float32's own rounding, for
+    logits up to +-1e6, and values and gradients are finite up to +-1e20. Memory is O(N): nothing is K x N.
 
     Args:
         logits: [..., N], any floating dtype, finite.
         k: K, the number of tokens drawn.
-        explore: weight in [0, 1] of the uniform distribution mixed in, in the draw and in the log-probability alike.
+        explore: weight in [0, 1] of the uniform distribution mixed in, for drawing and log-probability alike.
 
     Attributes:
         log_p: [..., N], normalised log-probability of each token in the first draw, after mixing.
         k: K.
 
     Raises:
-        ValueError: if K is not within 1..N, ``explore`` not within [0, 1], or picks do not have the shape [..., K].
+        ValueError: if K is not in 1..N, ``explore`` not in [0, 1], or picks do not have the shape [..., K].
     """
 
     def __init__(self, logits: Tensor, k: int, explore: float = 0.0) -> None:
@@ -52,8 +54,8 @@ class PlackettLuce:
         """
         log_p = self._log_p.detach()
         # -log of an Exponential(1) variable is a Gumbel(0, 1) one; an exact 0 would make it infinite.
-        noise = torch.empty_like(log_p).exponential_(generator=generator).clamp_min_(torch.finfo(log_p.dtype).tiny)
-        return (log_p - noise.log()).topk(self.k).indices
+        noise = torch.empty_like(log_p).exponential_(generator=generator)
+        return (log_p - noise.clamp_min_(_TINY).log()).topk(self.k).indices
 
     def mode(self) -> Tensor:
         """The most probable draw, int64 [..., K]: the K highest logits, highest first."""
@@ -77,8 +79,8 @@ class PlackettLuce:
     def entropy(self, picks: Tensor) -> Tensor:
         """Sum of the K conditional entropies along the draw, in nats: picks [..., K] -> [...].
 
-        By the chain rule its mean over draws is the exact entropy of the distribution. It is differentiable in the
-        logits at fixed picks, which leaves out how the logits change the picks drawn.
+        By the chain rule its mean over draws is the exact entropy of the distribution. It is differentiable
+        in the logits at fixed picks, which leaves out how the logits change the picks drawn.
         """
         return self._rounded(self._conditional_entropy(picks).sum(-1))
 
@@ -90,40 +92,32 @@ class PlackettLuce:
         """Log-weights, in float64, of what was drawn and of what was left.
 
         Returns:
-            drawn [..., K] of each pick, never_drawn [..., N] with the picks at _NEVER, and left [..., K + 1]: the
-            total of all tokens not drawn before pick j, and last that of the tokens never drawn.
+            drawn [..., K] of each pick, never_drawn [..., N] with the picks at _NEVER, and left [..., K + 1]:
+            the total of all tokens not drawn before pick j, and last that of the tokens never drawn.
         """
-        if picks.shape != (*self._log_p.shape[:-1], self.k):
-            raise ValueError(
-                f"picks have shape {tuple(picks.shape)}; expected {(*self._log_p.shape[:-1], self.k)}, one list of "
-                f"{self.k} distinct tokens for each set of logits"
-            )
+        expected = (*self._log_p.shape[:-1], self.k)
+        if picks.shape != expected:
+            raise ValueError(f"picks have shape {tuple(picks.shape)}; expected {expected}, K={self.k} a draw")
         drawn = self._log_p.gather(-1, picks)
         never_drawn = self._log_p.scatter(-1, picks, _NEVER)
         total = never_drawn.logsumexp(-1, keepdim=True)
         return drawn, never_drawn, _reversed_logcumsumexp(torch.cat([drawn, total], -1))
 
     def _conditional_entropy(self, picks: Tensor) -> Tensor:
-        """Entropy in float64 of the categorical over the tokens left, at each pick: picks [..., K] -> [..., K].
+        """Entropy in float64 of each draw's choice among the tokens left: picks [..., K] -> [..., K].
 
-        Splitting off pick j, of conditional probability q_j, gives H_j = h(q_j) + (1 - q_j) H_{j+1} with the binary
-        entropy h. With R_j the total left, 1 - q_j = R_{j+1} / R_j, so R_j H_j is a reversed running sum of
-        R_j h(q_j), all terms of which are positive: nothing cancels, however unequal the logits.
+        Splitting off pick j, of conditional probability q_j, gives H_j = h(q_j) + (1 - q_j) H_{j+1} with the
+        binary entropy h. With R_j the total left, 1 - q_j = R_{j+1} / R_j, so R_j H_j is a reversed running
+        sum of R_j h(q_j), all terms of which are positive: nothing cancels, however unequal the logits.
         """
         drawn, never_drawn, left = self._scan(picks)
         split = _negated_p_log_p(drawn - left[..., :-1]) + _negated_p_log_p(left[..., 1:] - left[..., :-1])
         rest = _negated_p_log_p(never_drawn - left[..., -1:]).sum(-1, keepdim=True)
-        terms = torch.cat([split, rest], -1).clamp_min(torch.finfo(split.dtype).tiny).log() + left
+        terms = torch.cat([split, rest], -1).clamp_min(_TINY).log() + left
         return (_reversed_logcumsumexp(terms) - left)[..., :-1].exp()
 
     def _rounded(self, result: Tensor) -> Tensor:
         return result.to(torch.promote_types(self._logits.dtype, torch.float32))
-
-
-def order_to_scores(order: Tensor) -> Tensor:
-    """Scores of a full order of the tokens, best first: int64 [..., N] -> float32 [..., N] evenly spaced from 1 to -1."""
-    values = torch.linspace(1, -1, order.shape[-1], device=order.device)
-    return torch.empty(order.shape, device=order.device).scatter_(-1, order, values.expand_as(order))
 
 
 def picks_to_scores(picks: Tensor, n: int) -> Tensor:

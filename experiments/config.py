@@ -13,14 +13,45 @@ from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 REWARDS = ("surprise", "motion_surprise", "reconstruction_error", "negative_reconstruction_error")
 """Names in ``tats_env.rewards``, which is too heavy to import for a look at a configuration."""
+# Settings that are text: what fits, how to say so, and names that may have been meant
+_TEXTS: dict[str, tuple[str, str, Sequence[str]]] = {
+    "name": (r"\w[\w.-]*", "a folder's name, of letters, digits, '_', '-' and '.'", ()),
+    "device": (r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N, such as cuda:0", ()),
+    "data": (r"motion|folder:.+", "motion or folder:/path/to/videos", ("motion",)),
+    "reward": (
+        "|".join(REWARDS) + r"|\w+(\.\w+)*:\w+", f"one of {', '.join(REWARDS)} or package.module:function", REWARDS
+    ),
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
     """A configuration that can't be run; one line a problem: where, what is wrong, what would be right."""
+
+
+_WHOLES = {"tubelet_size": "num_frames", "patch_size": "size", "num_heads": "width"}
+
+
+def _check_divides(whole: int, part: int, what: str) -> None:
+    if whole % part:
+        below = max(d for d in range(1, min(part, whole) + 1) if whole % d == 0)
+        above = [d for d in range(part, whole + 1) if whole % d == 0][:1]
+        raise ValueError(f"{part} does not divide {what} = {whole}; give {' or '.join(map(str, [below, *above]))}")
 
 
 class _Section(BaseModel):
@@ -34,40 +65,28 @@ class _Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
-
-def _check_divides(whole: int | None, part: int, what: str) -> int:
-    """``part``, if it divides ``whole``; ``whole`` is None where it was itself refused."""
-    if whole is not None and whole % part:
-        below = max(d for d in range(1, min(part, whole) + 1) if whole % d == 0)
-        above = next((d for d in range(part, whole + 1) if whole % d == 0), below)
-        near = f"{below} or {above}" if above > below else f"{below}"
-        raise ValueError(f"{part} does not divide {what} = {whole}; give {near}")
-    return part
+    @field_validator("*")
+    @classmethod
+    def _parts_fit(cls, value: Any, info: ValidationInfo) -> Any:
+        whole = _WHOLES.get(info.field_name or "")
+        if whole in info.data:  # else it was itself refused
+            _check_divides(info.data[whole], value, whole)
+        return value
 
 
 class ClipConfig(_Section):
     """What a clip is, and how it is cut into tokens."""
 
-    num_frames: int = Field(16, ge=1)
+    num_frames: PositiveInt = 16
     """Frames in a clip."""
-    frame_stride: int = Field(1, ge=1)
+    frame_stride: PositiveInt = 1
     """Frames of the video from one frame of the clip to the next."""
-    size: int = Field(32, ge=1)
+    size: PositiveInt = 32
     """Height and width of a clip, in pixels."""
-    tubelet_size: int = Field(2, ge=1)
+    tubelet_size: PositiveInt = 2
     """Frames in a token."""
-    patch_size: int = Field(8, ge=1)
+    patch_size: PositiveInt = 8
     """Height and width of a token, in pixels."""
-
-    @field_validator("tubelet_size")
-    @classmethod
-    def _tubelets_fit(cls, value: int, info: ValidationInfo) -> int:
-        return _check_divides(info.data.get("num_frames"), value, "clip.num_frames")
-
-    @field_validator("patch_size")
-    @classmethod
-    def _patches_fit(cls, value: int, info: ValidationInfo) -> int:
-        return _check_divides(info.data.get("size"), value, "clip.size")
 
     @property
     def num_tokens(self) -> int:
@@ -80,15 +99,15 @@ class MAEConfig(_Section):
 
     size: Literal["tiny", "small", "base", "large"] = "tiny"
     """Network size: tiny is for CPUs, base is VideoMAE's ViT-B."""
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: PositiveFloat | None = None
     """Peak learning rate as it is; without this and base_learning_rate, the size's own."""
-    base_learning_rate: float | None = Field(None, gt=0)
+    base_learning_rate: PositiveFloat | None = None
     """Peak learning rate for 256 clips, scaled by the global batch; give this or learning_rate."""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: NonNegativeFloat = 0.05
     """AdamW's weight decay, on matrices only."""
-    warmup_steps: int = Field(40, ge=0)
+    warmup_steps: NonNegativeInt = 40
     """Updates over which the learning rate rises to its peak."""
-    update_every: int = Field(1, ge=1)
+    update_every: PositiveInt = 1
     """Environment steps from one update of the MAE to the next; those between are skipped, not accumulated."""
     compile: bool = False
     """Run the network through torch.compile."""
@@ -109,57 +128,52 @@ class AgentConfig(_Section):
     """Which outcome speaks for which token; the token credits raise what was hidden and hard to predict."""
     form: Literal["standardised", "proportional"] = "standardised"
     """How a token's outcome becomes its advantage; clip credit knows no forms."""
-    power: float = Field(1.0, gt=0)
+    power: PositiveFloat = 1.0
     """Exponent of the proportional form: probabilities settle in proportion to outcome^power."""
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: PositiveFloat = 2e-3
     """Learning rate of the sampler."""
-    n_steps: int = Field(1, ge=1)
+    n_steps: PositiveInt = 1
     """Environment steps in a rollout."""
-    n_epochs: int = Field(2, ge=1)
+    n_epochs: PositiveInt = 2
     """Passes over a rollout in an update."""
-    n_minibatches: int = Field(1, ge=1)
+    n_minibatches: PositiveInt = 1
     """Equal parts into which a rollout of n_steps * batch_size clips is cut."""
-    clip_range: float = Field(0.2, gt=0, lt=1)
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """PPO's bound on how far a probability ratio counts, either side of 1."""
-    ent_coef: float = Field(0.1, ge=0)
+    ent_coef: NonNegativeFloat = 0.1
     """Weight of the entropy bonus."""
-    entropy_floor: float | None = Field(None, ge=1)
-    """Effective number of tokens, exp(entropy), below which the bonus grows; None leaves it constant."""
-    vf_coef: float = Field(0.5, ge=0)
+    entropy_floor: Annotated[float, Field(ge=1)] | None = None
+    """Effective number of tokens, exp(entropy), below which a clip's policy is pushed back up; None for no floor."""
+    vf_coef: NonNegativeFloat = 0.5
     """Weight of the value loss."""
-    gamma: float = Field(0.0, ge=0, le=1)
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Discount; 0, since a mask never changes the next clip."""
-    gae_lambda: float = Field(0.95, ge=0, le=1)
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Trace decay of generalised advantage estimation."""
-    target_kl: float | None = Field(0.05, gt=0)
-    """Mean KL divergence at which an update stops early; None never stops."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    target_kl: PositiveFloat | None = 0.05
+    """An update stops once the KL divergence exceeds 1.5 times this; None never stops."""
+    max_grad_norm: PositiveFloat = 1.0
     """Norm to which the sampler's gradient is clipped."""
     normalize_advantage: bool = True
     """Standardise clip advantages over each minibatch."""
-    explore: float = Field(0.5, ge=0, lt=1)
-    """Share of uniform in the distribution that tokens are drawn from."""
-    width: int = Field(64, ge=1)
+    explore: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of uniform draws mixed into the policy."""
+    width: PositiveInt = 64
     """Channels of the sampler."""
-    num_heads: int = Field(4, ge=1)
+    num_heads: PositiveInt = 4
     """Attention heads of the sampler."""
-    depth: int = Field(1, ge=1)
+    depth: PositiveInt = 1
     """Trajectory attention blocks of the sampler."""
-    logit_cap: float = Field(8.0, gt=0)
+    logit_cap: PositiveFloat = 8.0
     """c of c * tanh(logit / c), which bounds how far apart two tokens can be."""
-
-    @field_validator("num_heads")
-    @classmethod
-    def _heads_fit(cls, value: int, info: ValidationInfo) -> int:
-        return _check_divides(info.data.get("width"), value, "agent.width")
 
 
 class EvaluateConfig(_Section):
     """What is measured after training."""
 
-    num_videos: int | None = Field(240, ge=1)
-    """Validation videos, rendered or at most read; None reads all of a folder."""
-    clips: int = Field(512, ge=1)
+    num_videos: PositiveInt | None = 240
+    """Validation videos, rendered or at most read; None is all of a folder, or 60 rendered."""
+    clips: PositiveInt = 512
     """Validation clips on which samplers are compared."""
     probe: bool = True
     """Probe the frozen features."""
@@ -172,25 +186,25 @@ class RunConfig(_Section):
 
     name: str = "run"
     """What the run's folder is called."""
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
     """Fixes clips, masks and initial weights."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto is CUDA where there is one."""
     data: str = "motion"
     """motion (rendered here, with ground truth) or folder:/path/to/videos."""
-    num_videos: int | None = Field(480, ge=1)
-    """Training videos, rendered or at most read; None reads all of a folder."""
+    num_videos: PositiveInt | None = 480
+    """Training videos, rendered or at most read; None is all of a folder, or 60 rendered."""
     mask_ratio: float = 0.9
     """Share of tokens that is hidden, between 0 and 1."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: PositiveInt = 32
     """Clips in a step, one an environment."""
-    steps: int = Field(600, ge=1)
+    steps: PositiveInt = 600
     """Steps of the environment to train for."""
     reward: str = "reconstruction_error"
     """surprise, motion_surprise, reconstruction_error, negative_reconstruction_error or package.module:function."""
-    horizon: int = Field(1, ge=1)
+    horizon: PositiveInt = 1
     """Consecutive clips of one video in an episode."""
-    log_interval: int = Field(10, ge=1)
+    log_interval: PositiveInt = 10
     """Steps between two lines of metrics."""
     out: str = "runs"
     """Folder in which the run's own folder is made."""
@@ -199,30 +213,16 @@ class RunConfig(_Section):
     agent: AgentConfig = AgentConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
-    @field_validator("name")
+    @field_validator("name", "device", "data", "reward")
     @classmethod
-    def _names_a_folder(cls, value: str) -> str:
-        if not re.fullmatch(r"\w[\w.-]*", value):
-            raise ValueError(f"{value!r} can't name a folder here; use letters, digits, '_', '-' and '.', as in run-1")
+    def _is_understood(cls, value: str, info: ValidationInfo) -> str:
+        pattern, right, names = _TEXTS[info.field_name or ""]
+        if not re.fullmatch(pattern, value):
+            near = _close(value, names)
+            if info.field_name == "data" and "/" in value:
+                near = ["folder:" + value.rpartition(":")[2]]
+            raise ValueError(f"{value!r} is unknown; give {right}{_did_you_mean(*near)}")
         return value
-
-    @field_validator("device")
-    @classmethod
-    def _is_a_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise ValueError(f"{value!r} is unknown; give auto, cpu, cuda or cuda:N, such as cuda:0")
-        return value
-
-    @field_validator("data")
-    @classmethod
-    def _is_a_data_set(cls, value: str) -> str:
-        kind, colon, rest = value.partition(":")
-        if value == "motion" or (kind == "folder" and rest):
-            return value
-        if kind == "folder":
-            raise ValueError(f"{value!r} lacks its path; give folder:/path/to/videos")
-        guess = f"folder:{rest if colon else value}" if "/" in value else "".join(_close(kind, ["motion", "folder"]))
-        raise ValueError(f"{value!r} is unknown; give motion or folder:/path/to/videos{_did_you_mean(guess)}")
 
     @field_validator("mask_ratio")
     @classmethod
@@ -230,14 +230,6 @@ class RunConfig(_Section):
         if not 0 < value < 1:
             side = "above 0" if value <= 0 else "below 1"
             raise ValueError(f"{value} is not {side}; a ratio such as 0.9 keeps a tenth of the tokens visible")
-        return value
-
-    @field_validator("reward")
-    @classmethod
-    def _is_a_reward(cls, value: str) -> str:
-        if value not in REWARDS and not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
-            near = _did_you_mean(*_close(value, REWARDS))
-            raise ValueError(f"{value!r} is unknown; give one of {', '.join(REWARDS)} or package.module:function{near}")
         return value
 
     @model_validator(mode="after")
@@ -292,18 +284,19 @@ def _did_you_mean(*names: str) -> str:
     return f"; did you mean {' or '.join(names)}?" if any(names) else ""
 
 
-def _paths(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of every key, groups included."""
     for key, value in tree.items():
-        yield prefix + key
+        yield prefix + key, value
         if isinstance(value, dict):
-            yield from _paths(value, f"{prefix}{key}.")
+            yield from _items(value, f"{prefix}{key}.")
 
 
 def _unknown_key(path: str) -> str:
     """What to say of a key that the schema does not have, the nearest anywhere in the schema included."""
     group, _, key = path.rpartition(".")
     defaults = RunConfig().model_dump()
-    valid = list(_paths(defaults))
+    valid = [name for name, _ in _items(defaults)]
     if path in valid:
         return f"unknown key; write it as a mapping, {group}: {{{key}: ...}}"
     likeness = {name: SequenceMatcher(None, key, name.rpartition(".")[2]).ratio() for name in valid}
@@ -314,14 +307,7 @@ def _unknown_key(path: str) -> str:
     return "unknown key" + _did_you_mean(*([name for name in nearest if name.rpartition(".")[0] == group] or nearest))
 
 
-_KINDS = {
-    bool: "a truth value",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a mapping",
-}
+_KINDS = {"bool": "a truth value", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -330,23 +316,26 @@ _EXPECTED = {
     "model_type": "a mapping of keys to values",
 }
 _BOUNDS = {
-    "greater_than": "not above {gt}",
-    "greater_than_equal": "below {ge}",
-    "less_than": "not below {lt}",
-    "less_than_equal": "above {le}",
+    "greater_than": "not above {gt:g}",
+    "greater_than_equal": "below {ge:g}",
+    "less_than": "not below {lt:g}",
+    "less_than_equal": "above {le:g}",
     "finite_number": "not finite",
 }
 
 
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return _KINDS.get(name, f"a {name}")
+
+
 def _explain(kind: str, path: str, value: Any, context: dict[str, Any], message: str) -> str:
     """One of pydantic's errors in our words: what was given, what is expected, what would be right."""
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         return _unknown_key(path)
     if kind == "value_error":
         return str(context["error"])
-    default: Any = RunConfig()
-    for key in path.split("."):
-        default = getattr(default, key, None)
+    default = dict(_items(RunConfig().model_dump())).get(path)
     if kind == "literal_error":
         near = _did_you_mean(*_close(str(value), re.findall(r"'(.*?)'", context["expected"])))
         return f"{value!r} is unknown; give {context['expected']}{near}"
@@ -355,10 +344,10 @@ def _explain(kind: str, path: str, value: Any, context: dict[str, Any], message:
         return f"{value} is {_BOUNDS[kind].format(**context)}; the default is {right}"
     if kind not in _EXPECTED:
         return f"{value!r}: {message}"
-    given = "nothing is given" if value is None else f"{value!r} is {_KINDS.get(type(value), type(value).__name__)}"
+    given = "nothing is given" if value is None else f"{value!r} is {_kind(value)}"
     expected = _EXPECTED[kind]
     if kind == "model_type":
-        expected += f": {', '.join(default.model_dump())}"
+        expected += f": {', '.join(default or ())}"
     elif kind != "bool_type" and default is not None:
         expected += f", such as {default}"
     if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[-+.\deE]*\d", value):
@@ -379,7 +368,7 @@ def parse_config(values: Any, source: str) -> RunConfig:
         ConfigError: one line for each problem found.
     """
     if not isinstance(values, dict):
-        held = "nothing" if values is None else _KINDS.get(type(values), type(values).__name__)
+        held = "nothing" if values is None else _kind(values)
         raise ConfigError(
             f"{source}: holds {held}; a configuration is a mapping of keys to values, such as 'steps: 600'"
         )
@@ -444,24 +433,17 @@ def load_config(path_or_name: str, overrides: Sequence[str] = (), prog: str | No
 
 def override_config(config: RunConfig, overrides: Sequence[str], prog: str | None = None) -> RunConfig:
     """``config`` with options of the command line on top; arguments and errors as for ``load_config``."""
-    flags = {f"--{path}" for path in _paths(config.model_dump()) if isinstance(_at(config, path), bool)}
+    flags = {f"--{path}".replace("_", "-") for path, value in _items(config.model_dump()) if isinstance(value, bool)}
     args: list[str] = []
     for arg in overrides:  # tyro knows --mae.compile and --mae.no-compile only
         option = args[-1].replace("_", "-") if args else ""
         if arg.lower() in ("true", "false") and option in flags:
             if arg.lower() == "false":
-                args[-1] = "{}.no-{}".format(*option.rsplit(".", 1))
+                args[-1] = re.sub(r"([^.-][^.]*)$", r"no-\1", option)
         else:
             args.append(arg)
     parsed: Any = tyro.cli(_plain(config), args=args, prog=prog, description=RunConfig.__doc__)
     return parse_config(dataclasses.asdict(parsed), "command line")
-
-
-def _at(config: BaseModel, path: str) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        value = getattr(value, key)
-    return value
 
 
 def _plain(section: BaseModel) -> type:
@@ -480,4 +462,4 @@ def _plain(section: BaseModel) -> type:
 
 def dump_config(config: RunConfig) -> str:
     """The whole configuration, defaults written out, as YAML that loads back to an equal one."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)

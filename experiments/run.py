@@ -18,13 +18,15 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 from agents.heuristics import RandomMask
 from agents.hooks import LogHook, MAEUpdateHook
 from agents.ppo import PPO, SETTINGS
-from experiments.config import RunConfig, dump_config
+from experiments.config import ConfigError, RunConfig, dump_config
 from experiments.evaluation import evaluate_sampler, linear_probe, table_row
 from experiments.progress import RunProgress
-from tats_env.data import VideoSet, open_dataset
+from tats_env.data import VideoSet, open_dataset, write_bad_videos
 from tats_env.grid import TokenGrid
 from tats_env.mae import MAELearner, save_learner
+from tats_env.mae.learner import resolve_device
 from tats_env.rendering import animation, decision_rows, strip
+from tats_env.rewards import resolve_reward
 from tats_env.vector_env import TATSMaskingVectorEnv
 
 Results = dict[str, dict[str, float | None]]
@@ -37,7 +39,7 @@ COLUMNS = {
     "seconds_per_step": ".4f",
 }
 EVALUATION_SEED = 1 << 40
-"""Far from every training seed, so that all samplers of all runs are compared on the same validation clips."""
+"""The same for all runs, so that all samplers are compared on the same validation clips."""
 EXAMPLES = 4
 
 
@@ -52,15 +54,25 @@ class Run:
     def __init__(self, config: RunConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.start = time.perf_counter()
-        self.folder = new_folder(Path(config.out), config.name)
-        (self.folder / "config.yaml").write_text(dump_config(config))
+        self.results: Results = {}
+        # What can be refused is refused before there is a folder.
+        for key, resolve, value in (
+            ("reward", resolve_reward, config.reward),
+            ("device", resolve_device, config.device),
+        ):
+            try:
+                resolve(value)
+            except ValueError as error:
+                raise ConfigError(f"{key}: {error}") from error
         self.train_set = self._open("train", config.num_videos)
         self.test_set = self._open("validation", config.evaluate.num_videos)
-        self.results: Results = {}
+        self.folder = new_folder(Path(config.out), config.name)
+        (self.folder / "config.yaml").write_text(dump_config(config))
+        write_bad_videos(self.folder, self.train_set, self.test_set)
 
     def _open(self, split: str, num_videos: int | None) -> VideoSet:
         clip = self.config.clip
-        videos = open_dataset(
+        return open_dataset(
             self.config.data,
             split=split,
             num_frames=clip.num_frames,
@@ -70,8 +82,6 @@ class Run:
             seed=0,
             progress=True,
         )
-        videos.write_bad_videos(self.folder)
-        return videos
 
     def _env(self, videos: VideoSet, mae: MAELearner, num_envs: int) -> TATSMaskingVectorEnv:
         clip = self.config.clip
@@ -168,7 +178,8 @@ class Run:
         frames[0].save(folder / "masks.gif", save_all=True, append_images=frames[1:], duration=125, loop=0)
 
     def write_summary(self, **more: Any) -> None:
-        """Write summary.json: each sampler's figures under its name, seconds, and versions."""
+        """Write summary.json: each sampler's figures under its name, seconds, and versions; and the bad videos again."""
+        write_bad_videos(self.folder, self.train_set, self.test_set)
         packages = ("torch", "gymnasium", "stable-baselines3", "timm", "numpy")
         versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
         summary = {**self.results, "wall_seconds": time.perf_counter() - self.start, "versions": versions, **more}

@@ -17,7 +17,7 @@ from filelock import FileLock
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
-from tats_env.data import DataError, VideoSet, motion, open_dataset, video_set
+from tats_env.data import DataError, VideoSet, motion, open_dataset, write_bad_videos, video_set
 from tats_env.data.folder import EXTENSIONS, list_videos
 from tats_env.data.reader import UnreadableVideo, probe, read_frames
 
@@ -476,13 +476,13 @@ def test_broken_files_are_left_out_logged_once_and_written_down(
         assert {s.class_names[label] for label in s.labels} == {"good"}
         clips = s.clips(np.arange(len(s)), np.zeros(len(s), int), CPU)
         assert torch.equal(clips, clips[:1].expand_as(clips)), "rows of good videos are not mixed up by the bad"
-        s.write_bad_videos(tmp_path)
+        write_bad_videos(tmp_path, s)
         written = (tmp_path / "bad_videos.txt").read_text()
         assert written == "".join(f"{path}\t{reason}\n" for path, reason in s.bad_videos)
 
 
 def test_nothing_is_written_down_if_nothing_is_bad(rendered: VideoSet, tmp_path: Path) -> None:
-    rendered.write_bad_videos(tmp_path)
+    write_bad_videos(tmp_path, rendered)
     assert not list(tmp_path.iterdir())
 
 

@@ -14,19 +14,19 @@ from tats_env.data.reader import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-    from tats_env.data.video_set import VideoSet
+    from tats_env.data.video_set import VideoSet, write_bad_videos
 
-__all__ = ["DataError", "VideoSet", "open_dataset"]
+__all__ = ["DataError", "VideoSet", "open_dataset", "write_bad_videos"]
 
 SPLITS = ("train", "validation")
 MOTION_VIDEOS = 60  # a short prefix, rendered in a few seconds: four videos a class
 
 
 def __getattr__(name: str) -> Any:
-    if name == "VideoSet":
-        from tats_env.data.video_set import VideoSet
+    if name in ("VideoSet", "write_bad_videos"):
+        from tats_env.data import video_set
 
-        return VideoSet
+        return getattr(video_set, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

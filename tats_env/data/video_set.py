@@ -176,12 +176,6 @@ class VideoSet:
         if self._frames is None:
             self._stream.prefetch(self._requests(video_index, start_frame))
 
-    def write_bad_videos(self, folder: Path) -> None:
-        """Write ``bad_videos.txt`` into ``folder``: path, tab, reason, a line each. No file if none is bad."""
-        if self.bad_videos:
-            lines = [f"{path}\t{reason}\n" for path, reason in self.bad_videos]
-            (folder / "bad_videos.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-
     def _frame_numbers(self, video: np.ndarray, start_frame: np.ndarray) -> np.ndarray:
         """Frames of their videos [B] that make up the clips, int64 [B, T]."""
         return (np.asarray(start_frame)[:, None] + self._steps) % self.lengths[video][:, None]
@@ -239,6 +233,13 @@ class VideoSet:
         _log.warning("%s (%s): %s; %s plays in its place", self.name, self.split, error, self.paths[following])
         self.labels[self._plays == v] = self.labels[following]
         self._plays[self._plays == v] = following
+
+
+def write_bad_videos(folder: Path, *sets: VideoSet) -> None:
+    """Write the sets' ``bad_videos`` to ``bad_videos.txt`` in ``folder``: path, tab, reason, a line each; none, no file."""
+    lines = [f"{path}\t{reason}\n" for videos in sets for path, reason in videos.bad_videos]
+    if lines:
+        (folder / "bad_videos.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
 
 
 class _ClipStream:

@@ -30,10 +30,19 @@ class Reconstruction(NamedTuple):
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; anything else is torch's own name for a device."""
+    """``auto`` is CUDA where there is one, else the CPU; anything else is torch's own name for a device.
+
+    Raises:
+        ValueError: for a CUDA device that is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {str(device)!r}: torch sees {torch.cuda.device_count()} CUDA devices; give auto or cpu"
+        )
+    return resolved
 
 
 def patch_targets(patches: Tensor) -> tuple[Tensor, Tensor]:
