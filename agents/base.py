@@ -85,6 +85,11 @@ def open_env(env: str | gym.vector.VectorEnv[Any, Any, Any], num_envs: int = 32)
     return env
 
 
+def env_device(env: Any) -> torch.device:
+    """Where an environment lives; the CPU for an agent without one."""
+    return torch.device("cpu") if env is None else env.unwrapped.mae.device
+
+
 def step_values(reward: Tensor, info: dict[str, Any]) -> dict[str, Tensor]:
     """Scalars worth logging of one step of the environment."""
     scored = info.get("final_info", info)

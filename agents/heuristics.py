@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import torch
 
-from agents.base import Meter, from_batch, open_env, step_values, to_batch
+from agents.base import Meter, env_device, from_batch, open_env, step_values, to_batch
 from agents.hooks import Hook, as_hooks
 
 
@@ -27,7 +27,7 @@ class RandomMask:
         self.seed = seed
         self.num_timesteps = 0
         self.meter = Meter()
-        self.device = torch.device("cpu") if self.env is None else self.env.unwrapped.mae.device
+        self.device = env_device(self.env)
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def learn(self, total_timesteps: int, callback: Hook | Sequence[Hook] | None = None) -> RandomMask:

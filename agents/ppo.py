@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
-from agents.base import Meter, from_batch, open_env, step_values, to_batch
+from agents.base import Meter, env_device, from_batch, open_env, step_values, to_batch
 from agents.credit import CREDITS, FORMS, Credit, clipped_surrogate, log_ratio, standardised, token_credit
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
@@ -143,13 +143,14 @@ class PPO:
         self.gamma, self.gae_lambda, self.target_kl = gamma, gae_lambda, target_kl
         self.normalize_advantage, self.credit, self.form, self.power = normalize_advantage, credit, form, power
         self.explore, self.learning_rate, self.seed = explore, learning_rate, seed
-        self.device = torch.device("cpu") if self.env is None else self.env.unwrapped.mae.device
+        self.device = env_device(self.env)
         if policy is None:
             if self.env is None:
                 raise ValueError("give env= or policy=: a policy is built for an observation space")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                policy = TrajectoryPolicy(self.env.single_observation_space.shape, **(policy_kwargs or {}))
+                shape: Any = self.env.single_observation_space.shape
+                policy = TrajectoryPolicy(shape, **(policy_kwargs or {}))
         self.policy = policy.to(self.device)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=learning_rate, fused=True)
         self.max_grad_norm = max_grad_norm
@@ -241,8 +242,8 @@ class PPO:
             credit = Credit(flat.T, every.T)
         else:
             credit = Credit(*(torch.cat(x) for x in zip(*credits, strict=True)))
-        flattened = (x.flatten(0, 1) for x in (observations, picks, logits, values))
-        return Rollout(*flattened, returns, *credit), observation
+        observations, picks, logits, values = (x.flatten(0, 1) for x in (observations, picks, logits, values))
+        return Rollout(observations, picks, logits, values, returns, *credit), observation
 
     def _normalise(self, rewards: Tensor) -> Tensor:
         """Rewards [L, B] less their running mean, over their running deviation."""

@@ -56,12 +56,9 @@ class Run:
         self.start = time.perf_counter()
         self.results: Results = {}
         # What can be refused is refused before there is a folder.
-        for key, resolve, value in (
-            ("reward", resolve_reward, config.reward),
-            ("device", resolve_device, config.device),
-        ):
+        for key, resolve in (("reward", resolve_reward), ("device", resolve_device)):
             try:
-                resolve(value)
+                resolve(getattr(config, key))
             except ValueError as error:
                 raise ConfigError(f"{key}: {error}") from error
         self.train_set = self._open("train", config.num_videos)
@@ -178,7 +175,7 @@ class Run:
         frames[0].save(folder / "masks.gif", save_all=True, append_images=frames[1:], duration=125, loop=0)
 
     def write_summary(self, **more: Any) -> None:
-        """Write summary.json: each sampler's figures under its name, seconds, and versions; and the bad videos again."""
+        """Write summary.json: each sampler's figures under its name, seconds and versions; and the bad videos anew."""
         write_bad_videos(self.folder, self.train_set, self.test_set)
         packages = ("torch", "gymnasium", "stable-baselines3", "timm", "numpy")
         versions = {"python": platform.python_version()} | {p: version(p) for p in packages}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -102,7 +102,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     * v0: Initial version
     """  # noqa: E501
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 2}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 2}  # noqa: RUF012 (Gymnasium's own form)
 
     def __init__(self, render_mode: str | None = None, **options: Unpack[TaskOptions]) -> None:
         self.render_mode = render_mode
@@ -136,7 +136,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
         if np.isnan(action).any():
             raise InvalidAction(f"the action holds {int(np.isnan(action).sum())} NaN; every score must be a number")
         reward = self.task.step(torch.from_numpy(action)[None].to(self.task.device))
-        info = {name: x[0].cpu().numpy() for name, x in self.task.token_info().items()}
+        info: dict[str, Any] = {name: x[0].cpu().numpy() for name, x in self.task.token_info().items()}
         info["reconstruction_error"] = float(info["reconstruction_error"])
         terminated = self.task.episode_ends
         if terminated:

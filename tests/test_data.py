@@ -17,7 +17,7 @@ from filelock import FileLock
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
-from tats_env.data import DataError, VideoSet, motion, open_dataset, write_bad_videos, video_set
+from tats_env.data import DataError, VideoSet, motion, open_dataset, video_set, write_bad_videos
 from tats_env.data.folder import EXTENSIONS, list_videos
 from tats_env.data.reader import UnreadableVideo, probe, read_frames
 

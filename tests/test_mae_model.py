@@ -64,7 +64,8 @@ def literal_norm(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def literal_linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    return torch.einsum("oi,ni->no", w[f"{name}.weight"], x) + w.get(f"{name}.bias", torch.zeros(1))
+    y = torch.einsum("oi,ni->no", w[f"{name}.weight"], x)
+    return y if name == "decoder_embed" else y + w[f"{name}.bias"]
 
 
 def literal_block(w: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tensor:

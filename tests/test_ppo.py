@@ -142,7 +142,10 @@ def test_log_lines_carry_stable_baselines3_keys_and_ours() -> None:
     PPO(env, policy_kwargs=SMALL).learn(4 * 4, [MAEUpdateHook(), LogHook(Logger(None, [Writer()]), every=2)])
     assert len(lines) == 2
     keys = {
-        *(f"train/{k}" for k in "approx_kl clip_fraction entropy_loss explained_variance loss value_loss".split()),
+        *(
+            f"train/{k}"
+            for k in ["approx_kl", "clip_fraction", "entropy_loss", "explained_variance", "loss", "value_loss"]
+        ),
         *("train/policy_gradient_loss", "train/learning_rate", "train/n_updates", "rollout/reward", "time/fps"),
         *("mae/loss", "mask/random_mask_error", "mask/motion_lift", "mask/effective_tokens"),
         "mask/plackett_luce_entropy",

@@ -236,7 +236,7 @@ class VideoSet:
 
 
 def write_bad_videos(folder: Path, *sets: VideoSet) -> None:
-    """Write the sets' ``bad_videos`` to ``bad_videos.txt`` in ``folder``: path, tab, reason, a line each; none, no file."""
+    """Write the sets' ``bad_videos`` to ``folder/bad_videos.txt``: path, tab, reason a line. No file if none is bad."""
     lines = [f"{path}\t{reason}\n" for videos in sets for path, reason in videos.bad_videos]
     if lines:
         (folder / "bad_videos.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")

@@ -129,7 +129,7 @@ class MAELearner:
             torch.manual_seed(seed)
             self.model = VideoMAE(grid, SIZES[size]).to(self.device)
         self.network: Any = torch.compile(self.model) if compile else self.model
-        groups = param_groups_weight_decay(self.model, weight_decay, self.model.no_weight_decay())
+        groups = param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=self.model.no_weight_decay())
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
         self.schedule = CosineLRScheduler(
             self.optimizer,

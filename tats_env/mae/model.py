@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -50,7 +51,7 @@ def sinusoid(position: Tensor, dim: int, longest: float) -> Tensor:
 
 
 def position_table(grid: TokenGrid, dim: int, separable: bool) -> Tensor:
-    """Fixed positions [1, N, D]: of the flat token index (VideoMAE), or of t, h and w in a third of the channels each."""
+    """Fixed positions [1, N, D]: of the flat token index (VideoMAE), or of t, h and w in a third of D each."""
     token = torch.arange(grid.num_tokens)
     if not separable:
         return sinusoid(token, dim, 10000)[None]
@@ -73,7 +74,7 @@ class VideoMAE(nn.Module):
 
     def __init__(self, grid: TokenGrid, size: MAESize) -> None:
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
 
         def blocks(depth: int, dim: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
