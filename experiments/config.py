@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from difflib import SequenceMatcher, get_close_matches
+from collections.abc import Sequence
 from importlib.resources import files
 from math import ceil, floor
 from pathlib import Path
@@ -26,6 +25,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from experiments.refusals import close, did_you_mean, explain, items, kind_of
 
 REWARDS = ("surprise", "motion_surprise", "reconstruction_error", "negative_reconstruction_error")
 """Names in ``tats_env.rewards``, which is too heavy to import for a look at a configuration."""
@@ -218,10 +219,10 @@ class RunConfig(_Section):
     def _is_understood(cls, value: str, info: ValidationInfo) -> str:
         pattern, right, names = _TEXTS[info.field_name or ""]
         if not re.fullmatch(pattern, value):
-            near = _close(value, names)
+            near = close(value, names)
             if info.field_name == "data" and "/" in value:
                 near = ["folder:" + value.rpartition(":")[2]]
-            raise ValueError(f"{value!r} is unknown; give {right}{_did_you_mean(*near)}")
+            raise ValueError(f"{value!r} is unknown; give {right}{did_you_mean(*near)}")
         return value
 
     @field_validator("mask_ratio")
@@ -276,87 +277,6 @@ for _yaml in (_Loader, _Dumper):  # YAML 1.1, which PyYAML speaks, reads 1e-3 as
     )
 
 
-def _close(word: str, names: Sequence[str]) -> list[str]:
-    return get_close_matches(word, names, n=1)
-
-
-def _did_you_mean(*names: str) -> str:
-    return f"; did you mean {' or '.join(names)}?" if any(names) else ""
-
-
-def _items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of every key, groups included."""
-    for key, value in tree.items():
-        yield prefix + key, value
-        if isinstance(value, dict):
-            yield from _items(value, f"{prefix}{key}.")
-
-
-def _unknown_key(path: str) -> str:
-    """What to say of a key that the schema does not have, the nearest anywhere in the schema included."""
-    group, _, key = path.rpartition(".")
-    defaults = RunConfig().model_dump()
-    valid = [name for name, _ in _items(defaults)]
-    if path in valid:
-        return f"unknown key; write it as a mapping, {group}: {{{key}: ...}}"
-    likeness = {name: SequenceMatcher(None, key, name.rpartition(".")[2]).ratio() for name in valid}
-    best = max(likeness.values())
-    if best < 0.6:
-        return f"unknown key; there are {', '.join(defaults[group] if group else defaults)}"
-    nearest = [name for name in valid if likeness[name] == best]
-    return "unknown key" + _did_you_mean(*([name for name in nearest if name.rpartition(".")[0] == group] or nearest))
-
-
-_KINDS = {"bool": "a truth value", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "model_type": "a mapping of keys to values",
-}
-_BOUNDS = {
-    "greater_than": "not above {gt:g}",
-    "greater_than_equal": "below {ge:g}",
-    "less_than": "not below {lt:g}",
-    "less_than_equal": "above {le:g}",
-    "finite_number": "not finite",
-}
-
-
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return _KINDS.get(name, f"a {name}")
-
-
-def _explain(kind: str, path: str, value: Any, context: dict[str, Any], message: str) -> str:
-    """One of pydantic's errors in our words: what was given, what is expected, what would be right."""
-    if kind in ("extra_forbidden", "invalid_key"):
-        return _unknown_key(path)
-    if kind == "value_error":
-        return str(context["error"])
-    default = dict(_items(RunConfig().model_dump())).get(path)
-    if kind == "literal_error":
-        near = _did_you_mean(*_close(str(value), re.findall(r"'(.*?)'", context["expected"])))
-        return f"{value!r} is unknown; give {context['expected']}{near}"
-    if kind in _BOUNDS:
-        right = "null" if default is None else default
-        return f"{value} is {_BOUNDS[kind].format(**context)}; the default is {right}"
-    if kind not in _EXPECTED:
-        return f"{value!r}: {message}"
-    given = "nothing is given" if value is None else f"{value!r} is {_kind(value)}"
-    expected = _EXPECTED[kind]
-    if kind == "model_type":
-        expected += f": {', '.join(default or ())}"
-    elif kind != "bool_type" and default is not None:
-        expected += f", such as {default}"
-    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[-+.\deE]*\d", value):
-        expected += f" (write {value} without quotes)"
-    elif kind == "string_type" and not isinstance(value, (list, dict, type(None))):
-        expected += " (put it in quotes)"
-    return f"{given}; expected {expected}"
-
-
 def parse_config(values: Any, source: str) -> RunConfig:
     """A configuration from nested dictionaries; what is left out takes its default.
 
@@ -368,7 +288,7 @@ def parse_config(values: Any, source: str) -> RunConfig:
         ConfigError: one line for each problem found.
     """
     if not isinstance(values, dict):
-        held = "nothing" if values is None else _kind(values)
+        held = "nothing" if values is None else kind_of(values)
         raise ConfigError(
             f"{source}: holds {held}; a configuration is a mapping of keys to values, such as 'steps: 600'"
         )
@@ -378,7 +298,14 @@ def parse_config(values: Any, source: str) -> RunConfig:
         lines = []
         for problem in error.errors():
             path = ".".join(str(part) for part in problem["loc"])
-            text = _explain(problem["type"], path, problem["input"], problem.get("ctx", {}), problem["msg"])
+            text = explain(
+                problem["type"],
+                path,
+                problem["input"],
+                problem.get("ctx", {}),
+                problem["msg"],
+                RunConfig().model_dump(),
+            )
             lines.append(": ".join(part for part in (source, path, text) if part))
         raise ConfigError("\n".join(lines)) from None
 
@@ -400,7 +327,7 @@ def _read(path_or_name: str) -> str:
         raise ConfigError(f"{path_or_name}: can't be read: {error}") from None
     if (path / "config.yaml").is_file():
         raise ConfigError(f"{path_or_name}: is a run's folder; give {path_or_name.rstrip('/')}/config.yaml")
-    near = _did_you_mean(*_close(stem, packaged_configs()))
+    near = did_you_mean(*close(stem, packaged_configs()))
     raise ConfigError(
         f"{path_or_name}: no such file, nor a configuration that comes with the package "
         f"({', '.join(packaged_configs())}){near}"
@@ -433,7 +360,7 @@ def load_config(path_or_name: str, overrides: Sequence[str] = (), prog: str | No
 
 def override_config(config: RunConfig, overrides: Sequence[str], prog: str | None = None) -> RunConfig:
     """``config`` with options of the command line on top; arguments and errors as for ``load_config``."""
-    flags = {f"--{path}".replace("_", "-") for path, value in _items(config.model_dump()) if isinstance(value, bool)}
+    flags = {f"--{path}".replace("_", "-") for path, value in items(config.model_dump()) if isinstance(value, bool)}
     args: list[str] = []
     for arg in overrides:  # tyro knows --mae.compile and --mae.no-compile only
         option = args[-1].replace("_", "-") if args else ""
