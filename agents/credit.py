@@ -46,20 +46,21 @@ class Credit(NamedTuple):
 
 def standardised(values: Tensor, counts: Tensor) -> Tensor:
     """(value - clip mean) / clip deviation, within +-3, over what counts and 0 elsewhere: [B, X] -> [B, X]."""
-    weight = counts.float()
+    weight = counts.double()  # in float32 the rounding of the mean would pass for a deviation where all are equal
     total = weight.sum(1, keepdim=True).clamp_min(1)
-    centred = (values - (values * weight).sum(1, keepdim=True) / total) * weight
+    kept = values.double() * weight
+    centred = kept - kept.sum(1, keepdim=True) / total * weight
     deviation = (centred.square().sum(1, keepdim=True) / total).sqrt()
-    return (centred / (deviation + 1e-8 * values.abs().amax(1, keepdim=True) + 1e-12)).clamp(
-        -STANDARDISED_BOUND, STANDARDISED_BOUND
-    )
+    floor = 1e-8 * kept.abs().amax(1, keepdim=True) + 1e-30
+    return (centred / (deviation + floor)).clamp(-STANDARDISED_BOUND, STANDARDISED_BOUND).to(values.dtype)
 
 
 def proportional(values: Tensor, counts: Tensor, power: float) -> Tensor:
     """value^a / clip mean of value^a over what counts, at most 20: under it p settles in proportion to value^a."""
-    raised = values.clamp_min(0).pow(power) * counts
+    kept = values.clamp_min(0) * counts
+    raised = (kept / kept.amax(1, keepdim=True).clamp_min(1e-30)).pow(power) * counts  # whatever the values' unit
     mean = raised.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp_min(1)
-    return (raised / mean.clamp_min(1e-12)).clamp_max(PROPORTIONAL_BOUND)
+    return (raised / mean.clamp_min(1e-30)).clamp_max(PROPORTIONAL_BOUND)
 
 
 def token_credit(name: str, form: str, power: float, decision: Decision, picks: Tensor) -> Credit:

@@ -53,7 +53,7 @@ class LogHook(Hook):
 
     Keys are stable-baselines3's (``train/approx_kl``, ``time/fps``, ...) and, of ours: ``mae/*`` of the MAE's
     optimiser; ``mask/reconstruction_error`` under the agent's masks and, the yardstick beside it,
-    ``mask/random_mask_error`` of the same clips under uniform masks; ``mask/motion_lift`` where the truth is known;
+    ``mask/random_mask_error``, of the next clips under uniform masks; ``mask/motion_lift`` where the truth is known;
     ``mask/plackett_luce_entropy`` (summed conditional entropies of the K draws, nats) and ``mask/effective_tokens``
     (exp of the entropy of one draw).
 
@@ -76,7 +76,8 @@ class LogHook(Hook):
         if self.iterations % self.every:
             return
         env = agent.env.unwrapped
-        yardstick = env.task.decision.uniform_reconstruction.reconstruction_error.mean()
+        # On the clips to come: an update has just fitted the MAE to those of this step.
+        yardstick = env.task.random_mask_error()
         values = agent.check() | env.mae.metrics() | agent.meter.means() | {"mask/random_mask_error": float(yardstick)}
         now = time.perf_counter()
         values |= {

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
@@ -25,6 +24,7 @@ from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
 from agents.policies import TrajectoryPolicy
 from tats_env.guard import GuardedOptimizer
+from tats_env.mae.checkpoint import read_checkpoint
 
 FORMAT = "tats-env ppo 1"
 FINAL_LEARNING_RATE = 0.1
@@ -148,9 +148,11 @@ class PPO:
             if self.env is None:
                 raise ValueError("give env= or policy=: a policy is built for an observation space")
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 shape: Any = self.env.single_observation_space.shape
                 policy = TrajectoryPolicy(shape, **(policy_kwargs or {}))
+        if self.env is not None:
+            self.env.unwrapped.task.always_probe = credit == "pick_surprise"
         self.policy = policy.to(self.device)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=learning_rate, fused=True)
         self.max_grad_norm = max_grad_norm
@@ -354,17 +356,15 @@ class PPO:
         """Bring back what ``save`` wrote, with a new optimiser; without ``env`` it can predict.
 
         Raises:
-            ValueError: if the file is not such a checkpoint.
+            FileNotFoundError, ValueError: if there is no such file, or it is not such a checkpoint.
         """
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a PPO checkpoint of this package (format {metadata.get('format')!r})")
+        metadata, weights = read_checkpoint(path, FORMAT)
         policy = TrajectoryPolicy(**json.loads(metadata["policy"]))
         policy.load_state_dict(weights)
         return cls(env, policy, **json.loads(metadata["settings"]))
 
 
-SETTINGS = tuple(inspect.signature(PPO).parameters.keys() - {"env", "policy", "policy_kwargs", "seed"})
+SETTINGS = tuple(
+    name for name in inspect.signature(PPO).parameters if name not in ("env", "policy", "policy_kwargs", "seed")
+)
 """Names of PPO's own settings, for configurations and checkpoints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, floor
 
 import torch
 from einops import rearrange
@@ -19,7 +20,7 @@ def token_budget(num_tokens: int, mask_ratio: float) -> int:
     if not 1 <= k < num_tokens:
         raise ValueError(
             f"mask_ratio={mask_ratio} keeps {k} of {num_tokens} tokens visible; between 1 and {num_tokens - 1} "
-            f"must stay: give a mask_ratio between {1 / num_tokens:.4f} and {1 - 1 / num_tokens:.4f}"
+            f"must stay: give a mask_ratio from {ceil(1e4 / num_tokens) / 1e4} to {floor(1e4 - 1e4 / num_tokens) / 1e4}"
         )
     return k
 
@@ -86,6 +87,9 @@ class TokenGrid:
         return rearrange(
             clips,
             "b (t u) (h p) (w q) c -> b (t h w) (u p q c)",
+            t=self.num_steps,
+            h=self.rows,
+            w=self.columns,
             u=self.tubelet_size,
             p=self.patch_size,
             q=self.patch_size,

@@ -50,10 +50,10 @@ def pick_surprise(error: Tensor, shown: Tensor) -> Tensor:
 
     Args:
         error: [B, N] errors, 0 where visible.
-        shown: bool [B, N], what that mask showed; such tokens count as chance.
+        shown: bool [B, N], what that mask showed; such tokens count as chance, as do all of a clip without error.
     """
     mean = error.sum(1, keepdim=True) / (~shown).sum(1, keepdim=True)
-    return torch.where(shown, 1.0, error / mean.clamp_min(1e-12))
+    return torch.where(shown | (mean <= 0), 1.0, error / mean)
 
 
 def _mean_surprise(decision: Decision, error: Tensor) -> Tensor:
@@ -108,6 +108,8 @@ def resolve_reward(name: str | Reward) -> Reward:
         )
     try:
         function: Reward = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"reward {name!r} can't be imported: {error}") from error
+    if not callable(function):
+        raise ValueError(f"reward {name!r} is a {type(function).__name__}; give a function of a Decision")
     return function

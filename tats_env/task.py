@@ -126,6 +126,7 @@ class MaskingTask:
         self.seeds = torch.zeros(num_envs, dtype=torch.int64)
         self.episode, self.position = -1, 0
         self.decision: Decision | None = None
+        self.always_probe = False  # make the decision's pass under uniform masks in ``step``, before any update
 
     def _resolve_mae(self, mae: str | Path | MAELearner, seed: int, device: str | torch.device) -> MAELearner:
         if isinstance(mae, MAELearner):
@@ -197,14 +198,25 @@ class MaskingTask:
 
         ``self.decision`` then holds what came of it. A NaN ranks as a score of 0; the faces report it.
         """
-        ties, uniform = (self._key(self.episode, self.position, p).to(self.device) for p in (_TIES, _UNIFORM))
         n = self.grid.num_tokens
-        visible = top_tokens(scores.nan_to_num(0.0), self.num_visible, keyed_order(ties, n))
-        uniform_visible = keyed_order(uniform, n)[:, : self.num_visible].sort(dim=1).values
+        ties = keyed_order(self._key(self.episode, self.position, _TIES).to(self.device), n)
+        visible = top_tokens(scores.nan_to_num(0.0), self.num_visible, ties)
         reconstruction = self.mae.reconstruct(self.clips, visible)
-        self.decision = Decision(self.mae, self.clips, visible_mask(visible, n), reconstruction, uniform_visible)
+        shown = visible_mask(visible, n)
+        self.decision = Decision(self.mae, self.clips, shown, reconstruction, self._uniform_visible())
+        if self.always_probe:
+            _ = self.decision.uniform_reconstruction
         with torch.no_grad():
             return self.reward(self.decision).float()
+
+    def _uniform_visible(self) -> Tensor:
+        """A uniform random mask of the same budget for each of the present clips: indices [B, K], ascending."""
+        key = self._key(self.episode, self.position, _UNIFORM).to(self.device)
+        return keyed_order(key, self.grid.num_tokens)[:, : self.num_visible].sort(dim=1).values
+
+    def random_mask_error(self) -> Tensor:
+        """The yardstick: the MAE's mean error on the present clips under uniform random masks, a scalar."""
+        return self.mae.errors(self.clips, self._uniform_visible()).reconstruction_error.mean()
 
     def token_info(self) -> dict[str, Tensor]:
         """What came of the last decision, by token and by clip."""

@@ -144,7 +144,8 @@ def test_motion_error_averages_over_the_pairs_of_frames_in_a_tubelet(tubelet: in
         off = (prediction - target)[b, m].reshape(tubelet, 4, 3)
         changes = [variance[b, m, 0] * (off[u + 1] - off[u]) ** 2 / 2 for u in range(tubelet - 1)]
         expected[b, m] = np.mean(changes) if changes else 0
-    found = motion_errors(*(torch.from_numpy(x) for x in (prediction, target, variance)), tubelet)
+    tensors = [torch.from_numpy(x) for x in (prediction, target, variance)]
+    found = motion_errors(tensors[0], tensors[1], tensors[2], tubelet)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
@@ -246,7 +247,7 @@ def test_an_update_is_adamw_on_the_mean_hidden_error_that_decays_matrices_only()
     for (name, found), expected in zip(learner.model.named_parameters(), model.parameters(), strict=True):
         if name.endswith("qkv.bias"):  # softmax does not see the key's bias, so Adam scales up its rounding noise
             found, expected = (x.unflatten(0, (3, -1))[[0, 2]] for x in (found, expected))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize(

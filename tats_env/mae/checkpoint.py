@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tats_env.grid import TokenGrid
 from tats_env.mae.learner import MAELearner
@@ -35,16 +36,31 @@ def load_learner(path: str | Path, *, device: str | torch.device = "auto", **opt
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not such a checkpoint.
     """
+    metadata, weights = read_checkpoint(path, FORMAT)
+    try:
+        grid, size = TokenGrid(**json.loads(metadata["grid"])), metadata["size"]
+        learner = MAELearner(grid, size, device=device, **options)
+        learner.model.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+    return learner
+
+
+def read_checkpoint(path: str | Path, expected: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file whose ``format`` is as expected.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a readable safetensors file of that format.
+    """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"mae checkpoint {str(path)!r} does not exist")
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist, or is not a file")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not an MAE checkpoint of this package (format {metadata.get('format')!r})")
-    learner = MAELearner(TokenGrid(**json.loads(metadata["grid"])), metadata["size"], device=device, **options)
-    learner.model.load_state_dict(weights)
-    return learner
+    if metadata.get("format") != expected:
+        raise ValueError(f"{path} is not a checkpoint of format {expected!r}, but of {metadata.get('format')!r}")
+    return metadata, tensors

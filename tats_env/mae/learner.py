@@ -126,7 +126,7 @@ class MAELearner:
         if learning_rate is None:
             learning_rate = (1.5e-4 if base_learning_rate is None else base_learning_rate) * batch_size / 256
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
             self.model = VideoMAE(grid, SIZES[size]).to(self.device)
         self.network: Any = torch.compile(self.model) if compile else self.model
         groups = param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=self.model.no_weight_decay())
@@ -160,8 +160,10 @@ class MAELearner:
         return SIZES[self.size].embed_dim
 
     def train(self, mode: bool = True) -> MAELearner:
-        """In training mode ``reconstruct`` keeps its graph for ``update``; otherwise it builds none."""
+        """In training mode ``reconstruct`` keeps its graph for ``update``; leaving it drops the graph that waited."""
         self.training = mode
+        if not mode:
+            self._loss = None
         return self
 
     def normalize(self, patches: Tensor) -> Tensor:
@@ -169,7 +171,8 @@ class MAELearner:
         return (patches.float() - self._mean) / self._std
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        # Without the cache, for a caller's own autocast would keep it, and with it weights from before an update.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
 
     @torch.no_grad()
     def tokens(self, clips: Tensor) -> Tensor:
@@ -243,7 +246,7 @@ class MAELearner:
         prediction, _, variance, hidden = self._forward(clips, visible)
         patches = self.grid.patchify(clips)
         mean = gather_tokens(patches, hidden).float().div(255).unflatten(2, (-1, 3)).mean(2, keepdim=True)
-        pixels = (prediction * (variance.sqrt() + 1e-6) + mean).clamp(0, 1).mul(255).byte().flatten(2)
+        pixels = (prediction * (variance.sqrt() + 1e-6) + mean).clamp(0, 1).mul(255).round().byte().flatten(2)
         index = hidden[..., None].expand(-1, -1, patches.shape[-1])
         return self.grid.unpatchify(patches.scatter(1, index, pixels))
 
