@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tats_env.wrappers import UpdateEvery
+
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import Logger
 
@@ -30,15 +32,11 @@ class MAEUpdateHook(Hook):
     """
 
     def __init__(self, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"every={every}: give 1 to update the MAE after each step, k for each k-th")
-        self.every, self.num_steps = every, 0
+        self.updates = UpdateEvery(every)
 
     def on_step(self, agent: Any) -> None:
-        """Update the MAE."""
-        self.num_steps += 1
-        if self.num_steps % self.every == 0:
-            agent.env.unwrapped.mae.update()
+        """Update the MAE, if it is its turn."""
+        self.updates.after_step(agent.env.unwrapped.mae)
 
 
 def as_hooks(callback: Hook | Sequence[Hook] | None) -> list[Hook]:

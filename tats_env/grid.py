@@ -82,31 +82,17 @@ class TokenGrid:
         """P, the values in one token."""
         return self.tubelet_size * self.patch_size**2 * 3
 
+    def _rearrange(self, x: Tensor, pattern: str) -> Tensor:
+        axes = {"t": self.num_steps, "h": self.rows, "w": self.columns, "u": self.tubelet_size}
+        return rearrange(x, pattern, p=self.patch_size, q=self.patch_size, **axes)
+
     def patchify(self, clips: Tensor) -> Tensor:
         """Cut clips [B, T, H, W, C] of any dtype into patches [B, N, tubelet * p * p * C]."""
-        return rearrange(
-            clips,
-            "b (t u) (h p) (w q) c -> b (t h w) (u p q c)",
-            t=self.num_steps,
-            h=self.rows,
-            w=self.columns,
-            u=self.tubelet_size,
-            p=self.patch_size,
-            q=self.patch_size,
-        )
+        return self._rearrange(clips, "b (t u) (h p) (w q) c -> b (t h w) (u p q c)")
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Put patches [B, N, tubelet * p * p * C] back together into clips [B, T, H, W, C]."""
-        return rearrange(
-            patches,
-            "b (t h w) (u p q c) -> b (t u) (h p) (w q) c",
-            t=self.num_steps,
-            h=self.rows,
-            w=self.columns,
-            u=self.tubelet_size,
-            p=self.patch_size,
-            q=self.patch_size,
-        )
+        return self._rearrange(patches, "b (t h w) (u p q c) -> b (t u) (h p) (w q) c")
 
     def coordinates(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t, h, w) grid coordinates of token indices of any shape."""

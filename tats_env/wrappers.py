@@ -6,14 +6,44 @@ from typing import Any
 
 import gymnasium as gym
 
-
-def _check_every(every: int) -> None:
-    if every < 1:
-        raise ValueError(f"every={every}: give 1 to update the MAE after each step, k to update it after each k-th")
+from tats_env.mae.learner import MAELearner
 
 
-class CoTrainMAE(gym.Wrapper[Any, Any, Any, Any]):
-    """Update the environment's MAE on the forward pass of every ``every``-th step; the others are skipped.
+class UpdateEvery:
+    """Update a learner on the forward pass of every ``every``-th step; the others are skipped, not accumulated.
+
+    Raises:
+        ValueError: if ``every`` is below 1.
+    """
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"every={every}: give 1 to update the MAE after each step, k to update it after each k-th")
+        self.every, self.num_steps = every, 0
+
+    def after_step(self, mae: MAELearner) -> None:
+        """Count a step of the environment, and update if it is one's turn."""
+        self.num_steps += 1
+        if self.num_steps % self.every == 0:
+            mae.update()
+
+
+class _CoTraining:
+    """``step`` of both wrappers."""
+
+    def __init__(self, env: Any, every: int = 1) -> None:
+        self.updates = UpdateEvery(every)
+        super().__init__(env)  # type: ignore[call-arg]
+
+    def step(self, action: Any) -> Any:
+        """Step, then let the MAE learn from it."""
+        result = self.env.step(action)  # type: ignore[attr-defined]
+        self.updates.after_step(self.env.unwrapped.mae)  # type: ignore[attr-defined]
+        return result
+
+
+class CoTrainMAE(_CoTraining, gym.Wrapper[Any, Any, Any, Any]):
+    """Train the environment's MAE on what the agent does: an update after every ``every``-th step.
 
     Wraps a single or a vector environment: ``CoTrainMAE(gym.make(...))``, ``CoTrainMAE(gym.make_vec(...))``.
 
@@ -27,32 +57,6 @@ class CoTrainMAE(gym.Wrapper[Any, Any, Any, Any]):
             return CoTrainMAEVector(env, every)
         return super().__new__(cls)
 
-    def __init__(self, env: gym.Env[Any, Any], every: int = 1) -> None:
-        _check_every(every)
-        super().__init__(env)
-        self.every, self.num_steps = every, 0
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step, then let the MAE learn from it."""
-        result = self.env.step(action)
-        self.num_steps += 1
-        if self.num_steps % self.every == 0:
-            self.env.unwrapped.mae.update()  # type: ignore[attr-defined]
-        return result
-
-
-class CoTrainMAEVector(gym.vector.VectorWrapper):
+class CoTrainMAEVector(_CoTraining, gym.vector.VectorWrapper):
     """``CoTrainMAE`` for a vector environment: one update on all of its clips."""
-
-    def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any], every: int = 1) -> None:
-        _check_every(every)
-        super().__init__(env)
-        self.every, self.num_steps = every, 0
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step, then let the MAE learn from it."""
-        result = self.env.step(actions)
-        self.num_steps += 1
-        if self.num_steps % self.every == 0:
-            self.env.unwrapped.mae.update()  # type: ignore[attr-defined]
-        return result
