@@ -90,10 +90,13 @@ def env_device(env: Any) -> torch.device:
     return torch.device("cpu") if env is None else env.unwrapped.mae.device
 
 
-def step_values(reward: Tensor, info: dict[str, Any]) -> dict[str, Tensor]:
-    """Scalars worth logging of one step of the environment."""
+def step_values(reward: Tensor, info: dict[str, Any], horizon: int) -> dict[str, Tensor]:
+    """Scalars worth logging of one step of an environment whose episodes all take ``horizon`` steps."""
     scored = info.get("final_info", info)
-    values = {"rollout/reward": reward.mean(), "mask/reconstruction_error": scored["reconstruction_error"].mean()}
+    values = {
+        "rollout/ep_rew_mean": horizon * reward.mean(),
+        "mask/reconstruction_error": scored["reconstruction_error"].mean(),
+    }
     if "foreground" in scored:
         values["mask/motion_lift"] = motion_lift(scored["visible"], scored["foreground"])
     return values

@@ -40,7 +40,7 @@ class RandomMask:
             scores, _ = self.predict(observation)
             observation, reward, _, _, info = self.env.step(scores)
             self.num_timesteps += len(reward)
-            self.meter.add(step_values(reward, info))
+            self.meter.add(step_values(reward, info, self.env.unwrapped.task.horizon))
             for event in ("on_step", "on_rollout_end", "on_update_end"):
                 for hook in hooks:
                     getattr(hook, event)(self)

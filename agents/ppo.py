@@ -228,7 +228,7 @@ class PPO:
                 decision = env.unwrapped.task.decision
                 credits.append(token_credit(self.credit, self.form, self.power, decision, picks))
             self.num_timesteps += len(reward)
-            self.meter.add(step_values(reward, info))
+            self.meter.add(step_values(reward, info, env.unwrapped.task.horizon))
             for hook in hooks:
                 hook.on_step(self)
         observations, picks, logits, values = (torch.stack(x) for x in zip(*steps, strict=True))

@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import KVWriter
 from agents.hooks import Hook
 
 SHOWN = {
-    "rollout/reward": "reward {:.3f}",
+    "rollout/ep_rew_mean": "reward {:.3f}",
     "mae/loss": "MAE loss {:.3f}",
     "mask/random_mask_error": "random-mask {:.3f}",
     "mask/motion_lift": "lift {:.2f}",

@@ -146,7 +146,7 @@ def test_log_lines_carry_stable_baselines3_keys_and_ours() -> None:
             f"train/{k}"
             for k in ["approx_kl", "clip_fraction", "entropy_loss", "explained_variance", "loss", "value_loss"]
         ),
-        *("train/policy_gradient_loss", "train/learning_rate", "train/n_updates", "rollout/reward", "time/fps"),
+        *("train/policy_gradient_loss", "train/learning_rate", "train/n_updates", "rollout/ep_rew_mean", "time/fps"),
         *("mae/loss", "mask/random_mask_error", "mask/motion_lift", "mask/effective_tokens"),
         "mask/plackett_luce_entropy",
     }
