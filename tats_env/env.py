@@ -127,11 +127,11 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
         self.task.begin_episode()
         self.task.decision = None
         self._observation = self.task.observe()[0].cpu().numpy()
-        return self._observation, self._identity()
+        return self._observation.copy(), self._identity()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Keep the K highest of the N scores visible, reconstruct the rest, and go on to the next clip."""
-        action = np.asarray(action, dtype=np.float32)
+        action = np.array(action, dtype=np.float32)  # a copy, for torch wants no reversed or read-only memory
         self.task.check_shape(action, (self.task.grid.num_tokens,))
         if np.isnan(action).any():
             raise InvalidAction(f"the action holds {int(np.isnan(action).sum())} NaN; every score must be a number")
@@ -139,12 +139,10 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
         info: dict[str, Any] = {name: x[0].cpu().numpy() for name, x in self.task.token_info().items()}
         info["reconstruction_error"] = float(info["reconstruction_error"])
         terminated = self.task.episode_ends
-        if terminated:
-            self._observation = self._observation.copy()
-        else:
+        if not terminated:
             self.task.next_clip()
             self._observation = self.task.observe()[0].cpu().numpy()
-        return self._observation, float(reward), terminated, False, {**info, **self._identity()}
+        return self._observation.copy(), float(reward), terminated, False, {**info, **self._identity()}
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
         """uint8 [height, width, 3]: the last decision's clip, visible tokens, reconstruction and error."""

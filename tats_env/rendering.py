@@ -21,9 +21,11 @@ HIDDEN_GREY = 64
 
 
 def render_task(task: MaskingTask, index: int) -> np.ndarray:
-    """The last decision of environment ``index`` (before the first: its clip alone), uint8 [height, width, 3]."""
+    """The last decision of environment ``index``, uint8 [height, width, 3]; before the first, its clip and blanks."""
     if task.decision is None:
-        return strip({"clip": task.clips[index].cpu().numpy()}, task.grid)
+        clip = task.clips[index].cpu().numpy()
+        blank = np.full_like(clip, HIDDEN_GREY)
+        return strip({"clip": clip, "visible": blank, "reconstruction": blank, "error": blank}, task.grid)
     return strip(decision_rows(task, index), task.grid)
 
 
@@ -83,7 +85,7 @@ def _mosaic(rows: dict[str, np.ndarray]) -> np.ndarray:
     draw = ImageDraw.Draw(image)
     for r, label in enumerate(rows):
         draw.text((4, r * height + height // 2 - 6), label, fill=(0, 0, 0))
-    return np.asarray(image)
+    return np.array(image)
 
 
 def _spread(token_values: Tensor, grid: TokenGrid) -> np.ndarray:

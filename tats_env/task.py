@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -104,6 +105,9 @@ class MaskingTask:
             raise ValueError(f"observation {observation!r} is unknown; give one of {', '.join(OBSERVATIONS)}")
         if horizon < 1:
             raise ValueError(f"horizon={horizon}: an episode has at least one clip")
+        if multiprocessing.current_process().daemon:
+            # A worker forked from a parent that has used torch would wait for ever for the parent's OpenMP threads.
+            torch.set_num_threads(1)
         self.num_envs, self.horizon, self.observation = num_envs, horizon, observation
         self.grid = TokenGrid(num_frames, size, size, tubelet_size, patch_size)
         self.num_visible = token_budget(self.grid.num_tokens, mask_ratio)
@@ -115,6 +119,9 @@ class MaskingTask:
                 dataset, split=split, num_frames=num_frames, frame_stride=frame_stride, size=(size, size),
                 num_videos=num_videos,
             )  # fmt: skip
+        if dataset.clip_shape != (num_frames, size, size):
+            shapes = " x ".join(map(str, dataset.clip_shape)), f"{num_frames} x {size} x {size}"
+            raise ValueError("the given dataset's clips are {}, this environment's are {}".format(*shapes))
         self.videos = dataset
         if foreground and not self.videos.has_foreground:
             raise ValueError(f"foreground=True: the truth is known for rendered sets only, not for {dataset.name}")
@@ -150,6 +157,11 @@ class MaskingTask:
 
     def _key(self, episode: int, position: int, purpose: int) -> Tensor:
         return keyed_bits(self.seeds, episode, position, purpose)
+
+    def _order(self, purpose: int) -> Tensor:
+        """A random permutation of the tokens of each of the present clips, on the device: [B, N]."""
+        key = self._key(self.episode, self.position, purpose).to(self.device, non_blocking=True)
+        return keyed_order(key, self.grid.num_tokens)
 
     def _choose(self, episode: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         """(video index [B], first frame [B]) of a clip: consecutive clips of one video within an episode."""
@@ -199,8 +211,7 @@ class MaskingTask:
         ``self.decision`` then holds what came of it. A NaN ranks as a score of 0; the faces report it.
         """
         n = self.grid.num_tokens
-        ties = keyed_order(self._key(self.episode, self.position, _TIES).to(self.device), n)
-        visible = top_tokens(scores.nan_to_num(0.0), self.num_visible, ties)
+        visible = top_tokens(scores.nan_to_num(0.0), self.num_visible, self._order(_TIES))
         reconstruction = self.mae.reconstruct(self.clips, visible)
         shown = visible_mask(visible, n)
         self.decision = Decision(self.mae, self.clips, shown, reconstruction, self._uniform_visible())
@@ -211,8 +222,7 @@ class MaskingTask:
 
     def _uniform_visible(self) -> Tensor:
         """A uniform random mask of the same budget for each of the present clips: indices [B, K], ascending."""
-        key = self._key(self.episode, self.position, _UNIFORM).to(self.device)
-        return keyed_order(key, self.grid.num_tokens)[:, : self.num_visible].sort(dim=1).values
+        return self._order(_UNIFORM)[:, : self.num_visible].sort(dim=1).values
 
     def random_mask_error(self) -> Tensor:
         """The yardstick: the MAE's mean error on the present clips under uniform random masks, a scalar."""
@@ -240,4 +250,4 @@ class MaskingTask:
         """Which clips are present: video, first frame, and class (-1 if unknown), int64 [B] each."""
         label = self.videos.labels[self.video_index]
         host = {"video_index": self.video_index, "start_frame": self.start_frame, "label": label}
-        return {name: torch.as_tensor(x).to(self.device, non_blocking=True) for name, x in host.items()}
+        return {name: torch.tensor(x).to(self.device, non_blocking=True) for name, x in host.items()}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.error import InvalidAction
+from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -35,7 +34,11 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
     `DictInfoToList`, `NormalizeReward`, and transforms of actions and rewards. Transforms of observations
     (`FlattenObservation`, `NormalizeObservation`, ...) need another autoreset mode and refuse. With `output="torch"`
     observations, rewards, flags and info stay on the device, and so should actions: nothing in a step waits for it.
-    A NaN among the actions is then reported by `check()`, which trainers call when they log.
+    A NaN among the actions is then reported by `check()`, which trainers call when they log; and `final_obs` is the
+    tensor returned before, so don't write into observations.
+
+    Under `CoTrainMAE` the observation returned with an episode's end is made before that step's update, where a single
+    environment's `reset()` comes after it.
 
     Args:
         num_envs: B.
@@ -81,22 +84,26 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Array]]:
         """Draw the first clip of every environment's next episode; seeds start their sequences of episodes anew."""
-        super().reset(seed=seed if seed is None or isinstance(seed, int) else seed[0])
-        if seed is None and not self._seeded:
-            seed = int(self.np_random.integers(1 << 62))
-        if seed is not None:
-            seeds = [int(seed) + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else list(seed)  # type: ignore[arg-type, call-overload]
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one to each")
-            self.task.seed(seeds)
+        seeds = [seed] * self.num_envs if seed is None or isinstance(seed, (int, np.integer)) else list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one to each")
+        super().reset(seed=None if seeds[0] is None else int(seeds[0]))
+        if isinstance(seed, (int, np.integer)):
+            seeds = [int(seed) + i for i in range(self.num_envs)]
+        if seed is not None or not self._seeded:
+            self.task.seed([int(self.np_random.integers(1 << 62)) if s is None else int(s) for s in seeds])
             self._seeded = True
         self.task.begin_episode()
         self.task.decision = None
         self._observation = self._out(self.task.observe())
-        return self._observation, self._out(self.task.identity_info())
+        return self._own(self._observation), self._out(self.task.identity_info())
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Keep the K highest scores of each row of ``actions`` [B, N] visible, and go on to the next clips."""
+        if not self._seeded:
+            raise ResetNeeded("call reset() before step()")
+        if not isinstance(actions, Tensor):
+            actions = np.array(actions, dtype=np.float32)  # a copy, for torch wants no reversed or read-only memory
         self.task.check_shape(actions, (self.num_envs, self.task.grid.num_tokens))
         scores = torch.as_tensor(actions, dtype=torch.float32, device=self.task.device)
         self._num_nan += scores.isnan().sum()
@@ -105,18 +112,18 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         rewards = self.task.step(scores)
         info: dict[str, Any] = self._out(self.task.token_info())
         ended = self.task.episode_ends
-        terminated = self._all_done if ended else ~self._all_done
+        terminated = torch.full_like(self._all_done, ended)
         if ended:
             final_info = {**info, **self._out(self.task.identity_info())}
-            info |= {"final_obs": deepcopy(self._observation), "final_info": final_info}
-            info["_final_obs"] = info["_final_info"] = self._out(self._all_done)
+            info |= {"final_obs": self._observation, "final_info": final_info}
+            info["_final_obs"], info["_final_info"] = self._out(terminated), self._out(terminated.clone())
             self.task.begin_episode()
         else:
             self.task.next_clip()
         info |= self._out(self.task.identity_info())
         self._observation = self._out(self.task.observe())
-        truncated = torch.zeros_like(terminated)
-        return self._observation, self._out(rewards), self._out(terminated), self._out(truncated), info
+        flags = self._out(terminated.clone()), self._out(torch.zeros_like(terminated))
+        return self._own(self._observation), self._out(rewards), *flags, info
 
     def check(self) -> None:
         """Raise InvalidAction if an action since the last call held a NaN; waits for the device."""
@@ -127,9 +134,15 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """For each environment uint8 [height, width, 3]: clip, visible tokens, reconstruction and error."""
+        if not self._seeded:
+            raise ResetNeeded("call reset() before render()")
         if self.render_mode != "rgb_array":
             return None
         return tuple(render_task(self.task, i) for i in range(self.num_envs))
+
+    def _own(self, observation: Array) -> Array:
+        """What the caller may write into, since ``final_obs`` comes from ours; on a device the two are shared."""
+        return observation.copy() if self.output == "numpy" else observation
 
     def _out(self, x: Tensor | dict[str, Tensor]) -> Any:
         if isinstance(x, dict):

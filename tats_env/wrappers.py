@@ -42,7 +42,7 @@ class _CoTraining:
         return result
 
 
-class CoTrainMAE(_CoTraining, gym.Wrapper[Any, Any, Any, Any]):
+class CoTrainMAE(_CoTraining, gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
     """Train the environment's MAE on what the agent does: an update after every ``every``-th step.
 
     Wraps a single or a vector environment: ``CoTrainMAE(gym.make(...))``, ``CoTrainMAE(gym.make_vec(...))``.
@@ -56,6 +56,10 @@ class CoTrainMAE(_CoTraining, gym.Wrapper[Any, Any, Any, Any]):
         if isinstance(env, gym.vector.VectorEnv):
             return CoTrainMAEVector(env, every)
         return super().__new__(cls)
+
+    def __init__(self, env: Any, every: int = 1) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self, every=every)
+        super().__init__(env, every)
 
 
 class CoTrainMAEVector(_CoTraining, gym.vector.VectorWrapper):

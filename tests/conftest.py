@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # nets this small only wait for one another on more
 
 
 @pytest.fixture(scope="session", autouse=True)

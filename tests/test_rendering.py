@@ -34,18 +34,18 @@ def stepped(**options: Any) -> Any:
         ({"size": 100, "patch_size": 20, "num_frames": 6, "tubelet_size": 1}, 6, 100),
     ],
 )
-def test_a_picture_is_one_row_before_the_first_decision_and_four_after(
+def test_a_picture_has_four_rows_of_frames_before_and_after_the_decision(
     options: dict[str, Any], columns: int, pixels: int
 ) -> None:
     env = make(mask_ratio=0.75, **options)
     width = LABEL_PIXELS + columns * (pixels + GAP) - GAP
     for episode in range(2):
         env.reset(seed=episode)
-        for rows in (1, 4):
-            picture = env.render()
-            assert picture.dtype == np.uint8 and picture.shape == (rows * (pixels + GAP) - GAP, width, 3)
-            if rows == 1:
+        for decided in (False, True):
+            if decided:
                 env.step(env.action_space.sample())
+            picture = env.render()
+            assert picture.dtype == np.uint8 and picture.shape == (4 * (pixels + GAP) - GAP, width, 3)
 
 
 def test_the_first_row_shows_the_first_frame_of_each_tubelet_of_the_clip() -> None:

@@ -66,6 +66,7 @@ class VideoSet:
         class_names: the name of each class.
         lengths: frames in each video, int64 [V].
         bad_videos: (path, reason) of each file that could not be decoded.
+        clip_shape: (T, H, W).
         clip_span: frames of a video from the first to the last of a clip, ``(num_frames - 1) * frame_stride + 1``.
         has_foreground: whether ``foreground`` knows the truth.
 
@@ -89,6 +90,7 @@ class VideoSet:
     ) -> None:
         self.name, self.split, self.class_names = name, split, list(class_names)
         self.size = size
+        self.clip_shape = (num_frames, *size)
         self.clip_span = (num_frames - 1) * frame_stride + 1
         self._steps = np.arange(num_frames) * frame_stride
         self._truth = truth
@@ -161,7 +163,8 @@ class VideoSet:
         home = torch.device("cpu") if self._frames is None else self._frames_for(self._frames, device).device
         if home not in self._masks:
             # From numpy, whose zeros take up no memory until written
-            masks = torch.from_numpy(np.zeros((self._num_rows, *self.size), dtype=bool)).to(home)
+            with torch.inference_mode(False):  # they are written into later, in whatever mode
+                masks = torch.from_numpy(np.zeros((self._num_rows, *self.size), dtype=bool)).to(home)
             self._masks[home] = masks, np.zeros(len(self), dtype=bool)
         masks, known = self._masks[home]
         for v in np.unique(self._plays[video_index]):
