@@ -122,14 +122,19 @@ def test_reward_or_device_that_is_not_there_is_refused_before_anything_starts(tm
 def test_ctrl_c_leaves_a_usable_run_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments", "run", "quickstart", *QUICK, "--steps", "100000"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [*command, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # Whoever runs the tests in the background of a shell has them ignore the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     metrics = tmp_path / "quickstart" / "metrics.csv"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, output
     assert "Traceback" not in output and "Interrupted" in output
     folder = tmp_path / "quickstart"
