@@ -72,7 +72,6 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._seeded = False
-        self._all_done = torch.ones(num_envs, dtype=torch.bool, device=self.task.device)
         self._num_nan = torch.zeros((), dtype=torch.int64, device=self.task.device)
 
     @property
@@ -112,7 +111,7 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         rewards = self.task.step(scores)
         info: dict[str, Any] = self._out(self.task.token_info())
         ended = self.task.episode_ends
-        terminated = torch.full_like(self._all_done, ended)
+        terminated = torch.full((self.num_envs,), ended, device=self.task.device)
         if ended:
             final_info = {**info, **self._out(self.task.identity_info())}
             info |= {"final_obs": self._observation, "final_info": final_info}
