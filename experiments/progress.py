@@ -39,6 +39,7 @@ class RunProgress(KVWriter, Hook):
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=console,
+            disable=not console.is_terminal,
         )
         self.console, self.total_steps = console, total_steps
         self.task = self.progress.add_task("", total=total_steps, numbers="")
