@@ -31,9 +31,10 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
     `motion_error`, `visible`, `reconstruction_error` and `foreground` tell of the clip just scored in both.
 
     With `output="numpy"` the vector wrappers that support SAME_STEP work: `RecordEpisodeStatistics`, `NumpyToTorch`,
-    `DictInfoToList`, `NormalizeReward`, and transforms of actions and rewards. Transforms of observations
-    (`FlattenObservation`, `NormalizeObservation`, ...) need another autoreset mode and refuse. With `output="torch"`
-    observations, rewards, flags and info stay on the device, and so should actions: nothing in a step waits for it.
+    `NormalizeReward`, transforms of actions and rewards, and from Gymnasium 1.4 `DictInfoToList`. Transforms of
+    observations (`FlattenObservation`, `NormalizeObservation`, ...) need another autoreset mode and refuse. With
+    `output="torch"` observations, rewards, flags and info stay on the device, and so should actions: nothing in a step
+    waits for it.
     A NaN among the actions is then reported by `check()`, which trainers call when they log; and `final_obs` is the
     tensor returned before, so don't write into observations.
 

@@ -261,7 +261,10 @@ def _run_workers(seed: int, split: str, paths: list[Path], progress: bool) -> No
     Plain subprocesses, since ``multiprocessing`` would import the user's main module again in each, and is refused
     to daemonic processes. All write the number of videos done to one pipe, which ends when the last of them does.
     """
+    from rich.console import Console
     from rich.progress import Progress
+
+    bar = Progress(console=Console(quiet=not progress))  # with disable=True rich 14 prints an empty line
 
     missing = sum(not path.exists() for path in paths)
     num_workers = min(num_cores(), -(-missing // 4))
@@ -270,7 +273,7 @@ def _run_workers(seed: int, split: str, paths: list[Path], progress: bool) -> No
     search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     workers: list[subprocess.Popen[bytes]] = []
     read_end, write_end = os.pipe()
-    with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as counts, Progress(disable=not progress) as bar:
+    with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as counts, bar:
         task = bar.add_task(f"rendering motion ({split})", total=missing)
         try:
             with os.fdopen(write_end, "wb") as written:

@@ -36,7 +36,9 @@ def _each(work: Callable[[_T], _R], items: Sequence[_T], say: str, progress: boo
             return error
 
     with ThreadPoolExecutor(num_cores()) as pool:
-        return list(track(pool.map(attempt, items), say, total=len(items), disable=not progress))
+        results = pool.map(attempt, items)
+        # Not track(disable=True), with which rich 14 prints an empty line
+        return list(track(results, say, total=len(items)) if progress else results)
 
 
 def _listed(bad: Iterable[tuple[str, str]]) -> str:
