@@ -398,7 +398,7 @@ def test_vector_wrappers_of_gymnasium_work_or_refuse_as_documented() -> None:
         torch_env.reset(seed=0)
         assert isinstance(torch_env.step(torch.from_numpy(scores(2, N)))[4]["final_obs"], Tensor)
     for wrap in (wrappers.FlattenObservation, wrappers.NormalizeObservation):
-        with pytest.raises(ValueError, match="autoreset_mode"):
+        with pytest.raises((ValueError, AssertionError)):  # the latter with Gymnasium 1.2
             wrap(make_vec(2))
 
 
