@@ -156,7 +156,7 @@ class AgentConfig(_Section):
     max_grad_norm: PositiveFloat = 1.0
     """Norm to which the sampler's gradient is clipped."""
     normalize_advantage: bool = True
-    """Standardise clip advantages over each minibatch."""
+    """Standardise clip advantages over each rollout."""
     explore: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of uniform draws mixed into the policy."""
     width: PositiveInt = 64
@@ -166,7 +166,7 @@ class AgentConfig(_Section):
     depth: PositiveInt = 1
     """Trajectory attention blocks of the sampler."""
     logit_cap: PositiveFloat = 8.0
-    """c of c * tanh(logit / c), which bounds how far apart two tokens can be."""
+    """c of c * tanh((logit - mean) / c), which bounds how far apart two tokens can be."""
 
 
 class EvaluateConfig(_Section):

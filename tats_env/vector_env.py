@@ -31,7 +31,7 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
     `motion_error`, `visible`, `reconstruction_error` and `foreground` tell of the clip just scored in both.
 
     With `output="numpy"` the vector wrappers that support SAME_STEP work: `RecordEpisodeStatistics`, `NumpyToTorch`,
-    `NormalizeReward`, transforms of actions and rewards, and from Gymnasium 1.4 `DictInfoToList`. Transforms of
+    `NormalizeReward`, transforms of actions and rewards, and `DictInfoToList` (Gymnasium 1.4, not 1.2). Changes of
     observations (`FlattenObservation`, `NormalizeObservation`, ...) need another autoreset mode and refuse. With
     `output="torch"` observations, rewards, flags and info stay on the device, and so should actions: nothing in a step
     waits for it.
