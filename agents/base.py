@@ -1,72 +1,96 @@
-"""What every agent here keeps to, in stable-baselines3's words, and the loop that agents share."""
+"""What every agent here keeps to, in stable-baselines3's words, and the loop of those that act one step at a time."""
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from agents.hooks import Hook
+from agents import AGENTS
+from agents.hooks import Hook, as_hooks
+from tats_env.rewards import import_object
 from tats_env.vector_env import TATSMaskingVectorEnv
 
 
-@runtime_checkable
 class Agent(Protocol):
-    """An agent that can be trained, asked, saved and brought back."""
+    """What ``agent: {class: ...}`` of a configuration must name: an agent that learns, is asked, saved, brought back.
+
+    It is made as ``Class(env, seed=..., **settings)``, where ``env`` is a ``TATSMasking`` vector environment with
+    ``output="torch"`` and the settings are what else the configuration's ``agent`` holds. A class may say more about
+    itself by attributes, all optional:
+
+    - ``observation``: ``"tokens"`` (the default), ``"pixels"`` or, for oracles, ``"foreground"``: what it wants to see;
+    - ``suffix``: how the name of the file that ``save`` writes should end, such as ``".json"``;
+    - ``logits(observation)``: a method -> [B, N], for the heat map;
+    - ``metrics()``: a method -> numbers for a log line, that raises if learning broke down.
+
+    ``Stepwise`` is a base class with everything but the mask.
+    """
+
+    env: Any
+    """The vector environment it learns in; hooks reach the MAE through ``env.unwrapped.mae``."""
+    num_timesteps: int
+    """Steps times environments so far."""
 
     def learn(self, total_timesteps: int, callback: Hook | Sequence[Hook] | None = None) -> Any:
-        """Train for that many clips, calling the hooks as it goes; returns the agent."""
+        """Train for that many clips, calling the hooks as it goes (``Hook``'s methods say when); returns the agent.
 
-    def predict(self, observation: Any, deterministic: bool = False) -> tuple[Any, None]:
-        """Scores in [-1, 1], [N] or [B, N], for an observation [T', S, D] or [B, T', S, D]; no hidden state."""
+        Begins with ``env.reset(seed=first_seed(seed))``, so that all agents see the same clips in the same order.
+        """
+
+    def predict(self, observation: Any, deterministic: bool = False) -> tuple[Any, Any]:
+        """Scores in [-1, 1], [N] or [B, N], for an observation [T', S, D] or [B, T', S, D]; and the hidden state."""
 
     def save(self, path: str | Path) -> None:
-        """Write all that ``load`` needs, without pickling."""
+        """Write all that ``load`` needs."""
 
     @classmethod
     def load(cls, path: str | Path, env: Any = None) -> Any:
-        """Bring back what ``save`` wrote."""
+        """Bring back what ``save`` wrote; without an environment it can predict."""
 
 
-class Meter:
-    """Means of scalar tensors over many steps, summed on the device and read once."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Count in one step's scalars."""
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        """Mean of each since the last call; waits for the device once."""
-        if not self.sums:
-            return {}
-        values = torch.stack(list(self.sums.values())).tolist()
-        means = {name: value / self.counts[name] for name, value in zip(self.sums, values, strict=True)}
-        self.sums, self.counts = {}, {}
-        return means
-
-
-def motion_lift(visible: Tensor, foreground: Tensor) -> Tensor:
-    """Share of moving foreground among the visible tokens over its share among all; 1 is chance.
-
-    Taken over the whole batch, so that clips without moving foreground weigh nothing.
+def resolve_agent(name: str) -> Any:
+    """The class that a configuration's ``agent.class`` names.
 
     Args:
-        visible: bool [B, N].
-        foreground: [B, N], share of each token's pixels on moving foreground.
+        name: of ``AGENTS``, ``sb3:ALGORITHM`` of stable-baselines3 or sb3-contrib, or ``package.module:Class``.
+
+    Raises:
+        ValueError: if there is none of that name, or it is not an ``Agent``.
     """
-    kept = (foreground * visible).sum() / visible.sum()
-    return kept / foreground.mean().clamp_min(1e-12)
+    if name.startswith("sb3:"):
+        from agents.sb3 import peer
+
+        return peer(name[len("sb3:") :])
+    if name not in AGENTS and ":" not in name:
+        near = "".join(f"; did you mean {close}?" for close in get_close_matches(name, AGENTS, n=1))
+        raise ValueError(
+            f"agent class {name!r} is unknown; give one of {', '.join(AGENTS)}, sb3:ALGORITHM, or your own as "
+            f"package.module:Class{near}"
+        )
+    found = import_object(AGENTS.get(name, name), "agent class")
+    missing = [method for method in ("learn", "predict", "save", "load") if not callable(getattr(found, method, None))]
+    if missing:
+        raise ValueError(
+            f"agent class {name!r} has no method {' and no '.join(missing)}; an agent has learn, predict, save and "
+            "load, as agents.base.Agent says"
+        )
+    return found
+
+
+def first_seed(seed: int) -> int:
+    """The environment's seed for an agent's: far apart, since environment i of seed s is keyed by s + i, so that agents
+    with seeds 0, 1, ... share no clips."""
+    return seed << 20
 
 
 def open_env(env: str | gym.vector.VectorEnv[Any, Any, Any], num_envs: int = 32) -> gym.vector.VectorEnv[Any, Any, Any]:
@@ -90,18 +114,6 @@ def env_device(env: Any) -> torch.device:
     return torch.device("cpu") if env is None else env.unwrapped.mae.device
 
 
-def step_values(reward: Tensor, info: dict[str, Any], horizon: int) -> dict[str, Tensor]:
-    """Scalars worth logging of one step of an environment whose episodes all take ``horizon`` steps."""
-    scored = info.get("final_info", info)
-    values = {
-        "rollout/ep_rew_mean": horizon * reward.mean(),
-        "mask/reconstruction_error": scored["reconstruction_error"].mean(),
-    }
-    if "foreground" in scored:
-        values["mask/motion_lift"] = motion_lift(scored["visible"], scored["foreground"])
-    return values
-
-
 def to_batch(observation: Any, device: torch.device) -> tuple[Tensor, bool, bool]:
     """(float32 [B, T', S, D] on the device, whether it came as one observation, whether as numpy)."""
     x = torch.as_tensor(observation, dtype=torch.float32, device=device)
@@ -113,3 +125,79 @@ def from_batch(scores: Tensor, single: bool, as_numpy: bool) -> Any:
     """Undo ``to_batch`` for scores [B, N]."""
     scores = scores[0] if single else scores
     return scores.cpu().numpy() if as_numpy else scores
+
+
+class Stepwise:
+    """An agent that acts, and may learn, one step at a time. Give it ``scores``, and you have an ``Agent``.
+
+    Whatever else a subclass's constructor takes by keyword must be kept under the same name: ``save`` writes it down.
+
+    Args:
+        env: a ``TATSMasking`` vector environment with ``output="torch"``, an id, or None (to predict only).
+        seed: of the environment's clips, and of ``self.generator`` for draws.
+    """
+
+    observation: ClassVar[str] = "tokens"
+    suffix: ClassVar[str] = ".json"
+
+    def __init__(self, env: str | gym.vector.VectorEnv[Any, Any, Any] | None = None, *, seed: int = 0) -> None:
+        self.env: Any = None if env is None else open_env(env)
+        self.seed = seed
+        self.device = env_device(self.env)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.num_timesteps = 0
+
+    def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
+        """Priorities [B, N] for an observation [B, T', S, D]; the highest stay visible. To be written."""
+        raise NotImplementedError(f"{type(self).__name__} has no scores(observation, deterministic)")
+
+    def after_step(self, observation: Tensor) -> None:
+        """Learn from ``self.env.unwrapped.task.decision``, which came of the observation; by default nothing."""
+
+    @torch.no_grad()
+    def learn(self, total_timesteps: int, callback: Hook | Sequence[Hook] | None = None) -> Self:
+        """Step the environment for that many clips, calling the hooks.
+
+        Raises:
+            ValueError: without an environment.
+        """
+        if self.env is None:
+            raise ValueError("this agent was made or loaded without an environment: give env= to learn")
+        hooks = as_hooks(callback)
+        observation, _ = self.env.reset(seed=first_seed(self.seed))
+        end = self.num_timesteps + total_timesteps
+        while self.num_timesteps < end:
+            following, reward, _, _, _ = self.env.step(self.scores(observation, False))
+            self.num_timesteps += len(reward)
+            self.after_step(observation)
+            observation = following
+            for event in ("on_step", "on_rollout_end", "on_update_end"):
+                for hook in hooks:
+                    getattr(hook, event)(self)
+        return self
+
+    @torch.no_grad()
+    def predict(self, observation: Any, deterministic: bool = False) -> tuple[Any, None]:
+        """Scores [N] or [B, N] for an observation [T', S, D] or [B, T', S, D], numpy or torch; no hidden state."""
+        x, single, as_numpy = to_batch(observation, self.device)
+        return from_batch(self.scores(x, deterministic), single, as_numpy), None
+
+    def settings(self) -> dict[str, Any]:
+        """What the constructor was given, but the environment."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "env"}
+
+    def save(self, path: str | Path) -> None:
+        """Write the settings as JSON."""
+        Path(path).write_text(json.dumps({"agent": type(self).__name__, **self.settings()}) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, env: Any = None) -> Self:
+        """Bring back what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: if there is no such file, or another agent wrote it.
+        """
+        settings = json.loads(Path(path).read_text())
+        if settings.pop("agent", None) != cls.__name__:
+            raise ValueError(f"{path} was not written by {cls.__name__}.save")
+        return cls(env, **settings)

@@ -1,68 +1,262 @@
-"""Masks that need no learning."""
+"""Masks that need no learning: geometry, motion in the pixels, and oracles that look at the truth."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from math import isqrt
+from typing import Any, ClassVar
 
-import gymnasium as gym
 import torch
+from einops import rearrange
+from torch import Tensor
 
-from agents.base import Meter, env_device, from_batch, open_env, step_values, to_batch
-from agents.hooks import Hook, as_hooks
+from agents.base import Stepwise
+from agents.distributions import PlackettLuce, picks_to_scores
+from tats_env.grid import hidden_tokens
 
 
-class RandomMask:
-    """Uniform random masks: the baseline of every comparison. It learns nothing; its hooks may train the MAE.
+class RandomMask(Stepwise):
+    """Uniform random masks: the baseline of every comparison."""
+
+    def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
+        """Uniform draws; there is no other mode."""
+        return 2 * self._uniform(*observation.shape[:3]).flatten(1) - 1
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def _groups(self, group: Tensor, observation: Tensor) -> Tensor:
+        """Scores [B, N] that keep whole groups of tokens, in random order, and of the last one random tokens.
+
+        Args:
+            group: int64 [T', S], which group each token belongs to, numbered from 0 without gaps.
+            observation: [B, T', S, D].
+        """
+        count = int(group.max()) + 1
+        rank = self._uniform(len(observation), count).argsort(dim=1)[:, group.flatten()]  # [B, N]
+        return 2 * (rank + self._uniform(*rank.shape)) / count - 1
+
+
+def _steps_and_positions(observation: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 (t, s), [T', 1] and [1, S], that broadcast over an observation's tokens."""
+    steps, positions = observation.shape[1:3]
+    device = observation.device
+    return torch.arange(steps, device=device)[:, None], torch.arange(positions, device=device)[None]
+
+
+class TubeMask(RandomMask):
+    """One random spatial mask for all of time (VideoMAE's tubes); what is left of K / T' goes to one more column."""
+
+    def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
+        """Whole columns of tokens, and random slots of one more."""
+        t, s = _steps_and_positions(observation)
+        return self._groups(s + 0 * t, observation)
+
+
+class FrameMask(RandomMask):
+    """Whole time slots while K lasts, the last one in random positions."""
+
+    def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
+        """Whole slots of time, and random positions of one more."""
+        t, s = _steps_and_positions(observation)
+        return self._groups(t + 0 * s, observation)
+
+
+class BlockMask(RandomMask):
+    """Space-time cubes of tokens, on a fixed partition of a square grid.
 
     Args:
-        env: a ``TATSMasking`` vector environment with ``output="torch"``, or an id.
-        seed: of the masks.
+        steps: tokens of a cube along time.
+        side: tokens of a cube down and across.
+        **options: of ``Stepwise``.
+
+    Raises:
+        ValueError: if a cube is empty.
     """
 
-    def __init__(self, env: str | gym.vector.VectorEnv[Any, Any, Any] | None = None, seed: int = 0) -> None:
-        self.env: Any = None if env is None else open_env(env)
-        self.seed = seed
-        self.num_timesteps = 0
-        self.meter = Meter()
-        self.device = env_device(self.env)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+    def __init__(self, env: Any = None, *, steps: int = 2, side: int = 2, seed: int = 0) -> None:
+        if min(steps, side) < 1:
+            raise ValueError(f"steps={steps}, side={side}: a cube has at least one token each way")
+        super().__init__(env, seed=seed)
+        self.steps, self.side = steps, side
 
-    def learn(self, total_timesteps: int, callback: Hook | Sequence[Hook] | None = None) -> RandomMask:
-        """Step the environment under random masks for that many clips, calling the hooks."""
-        if self.env is None:
-            raise ValueError("this agent was made or loaded without an environment: give env= to learn")
-        hooks = as_hooks(callback)
-        observation, _ = self.env.reset(seed=self.seed << 20)
-        while self.num_timesteps < total_timesteps:
-            scores, _ = self.predict(observation)
-            observation, reward, _, _, info = self.env.step(scores)
-            self.num_timesteps += len(reward)
-            self.meter.add(step_values(reward, info, self.env.unwrapped.task.horizon))
-            for event in ("on_step", "on_rollout_end", "on_update_end"):
-                for hook in hooks:
-                    getattr(hook, event)(self)
-        return self
+    def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
+        """Whole cubes, and random tokens of one more."""
+        t, s = _steps_and_positions(observation)
+        columns = _square_side(observation)
+        blocks = -(-columns // self.side)
+        cube = (t // self.steps * blocks + s // columns // self.side) * blocks + s % columns // self.side
+        return self._groups(cube, observation)
 
-    def check(self) -> dict[str, float]:
-        """Nothing of its own to measure; raises if an action was broken."""
-        self.env.unwrapped.check()
-        return {}
 
-    def predict(self, observation: Any, deterministic: bool = False) -> tuple[Any, None]:
-        """Scores drawn uniformly from [-1, 1]; there is no other mode, so ``deterministic`` changes nothing."""
-        x, single, as_numpy = to_batch(observation, self.device)
-        shape = (x.shape[0], x.shape[1] * x.shape[2])
-        scores = 2 * torch.rand(shape, generator=self.generator, device=self.device) - 1
-        return from_batch(scores, single, as_numpy), None
+def _square_side(observation: Tensor) -> int:
+    """H' = W' of an observation [B, T', S, D].
 
-    def save(self, path: str | Path) -> None:
-        """Write the seed as JSON."""
-        Path(path).write_text(json.dumps({"agent": "random", "seed": self.seed}))
+    Raises:
+        ValueError: if S is not a square.
+    """
+    positions = observation.shape[2]
+    if isqrt(positions) ** 2 != positions:
+        raise ValueError(f"{positions} positions are not a square grid")
+    return isqrt(positions)
 
-    @classmethod
-    def load(cls, path: str | Path, env: Any = None) -> RandomMask:
-        """Bring back what ``save`` wrote."""
-        return cls(env, seed=json.loads(Path(path).read_text())["seed"])
+
+class _Prior(RandomMask):
+    """Draws without replacement from p = (1 - explore) softmax(logits) + explore / N, for logits that a subclass has.
+
+    Raises:
+        ValueError: if ``explore`` is not a share.
+    """
+
+    def __init__(self, env: Any = None, *, explore: float = 0.5, seed: int = 0) -> None:
+        if not 0 <= explore <= 1:
+            raise ValueError(f"explore={explore} is not a share: give a value between 0 and 1")
+        super().__init__(env, seed=seed)
+        self.explore = explore
+
+    def logits(self, observation: Tensor) -> Tensor:
+        """[B, N] for an observation [B, T', S, D]."""
+        raise NotImplementedError
+
+    def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
+        """The ranks of a draw, or of the highest logits."""
+        logits = self.logits(observation)
+        policy = PlackettLuce(logits, logits.shape[1], self.explore)
+        picks = policy.mode() if deterministic else policy.sample(self.generator)
+        return picks_to_scores(picks, logits.shape[1])
+
+
+class MotionMask(_Prior):
+    """Frame-difference energy e as a prior: p in proportion to e^(1 / temperature), mixed with uniform draws.
+
+    The energy of a token is the mean squared difference of its frames, one to the next; the first frame of a tubelet
+    is compared with the last of the tubelet before, so that tubelets of one frame work as well.
+
+    Args:
+        temperature: 1 draws in proportion to the energy; lower is sharper, higher is closer to uniform.
+        explore: share of uniform draws.
+        camera: take the global camera motion out first: frames are compared after the whole-pixel shift between them
+            that phase correlation finds (Kuglin and Hines, 1975), over what both show.
+        tubelet_size: frames in a token; with an environment, its own.
+        **options: of ``Stepwise``.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+
+    observation: ClassVar[str] = "pixels"
+
+    def __init__(
+        self,
+        env: Any = None,
+        *,
+        temperature: float = 1.0,
+        explore: float = 0.5,
+        camera: bool = False,
+        tubelet_size: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: give a positive number")
+        super().__init__(env, explore=explore, seed=seed)
+        self.temperature, self.camera = temperature, camera
+        self.tubelet_size = tubelet_size if self.env is None else self.env.unwrapped.task.grid.tubelet_size
+
+    def logits(self, observation: Tensor) -> Tensor:
+        """log of the energy over the temperature: pixels [B, T', S, P] -> [B, N]."""
+        return motion_energy(observation, self.tubelet_size, self.camera).clamp_min(1e-12).log() / self.temperature
+
+
+def motion_energy(observation: Tensor, tubelet_size: int, camera: bool) -> Tensor:
+    """Mean squared difference of a token's frames from the ones before: pixels [B, T', S, P] -> [B, N].
+
+    Args:
+        observation: normalised patches, P in the order (frame, row, column, channel).
+        tubelet_size: frames in a token.
+        camera: compare after the global shift between two frames has been taken out.
+    """
+    side = _square_side(observation)
+    patch = isqrt(observation.shape[-1] // (3 * tubelet_size))
+    axes = {"h": side, "u": tubelet_size, "p": patch, "c": 3}
+    frames = rearrange(observation, "b t (h w) (u p q c) -> b (t u) c (h p) (w q)", **axes)
+    before, after = frames[:, :-1], frames[:, 1:]
+    inside = torch.ones_like(after[:, :, 0], dtype=torch.bool)
+    if camera:
+        before, inside = _shifted(before, global_shift(before.mean(2), after.mean(2)))
+    change = (after - before).square().mean(2) * inside
+
+    def total(x: Tensor) -> Tensor:
+        x = torch.cat([x[:, :1], x], 1)  # the first frame has none before it: take its change to the next
+        return rearrange(x, "b (t u) (h p) (w q) -> b (t h w) (u p q)", p=patch, q=patch, u=tubelet_size).sum(-1)
+
+    return total(change) / total(inside.float()).clamp_min(1)
+
+
+def global_shift(before: Tensor, after: Tensor) -> Tensor:
+    """How far the picture as a whole moved, by phase correlation: grey frames [..., H, W] twice -> int64 [..., 2].
+
+    Returns:
+        (down, right) in pixels, each within half of the picture's side.
+    """
+    sides = before.shape[-2:]
+    # A window, since the borders that a shift brings in belong to no correlation.
+    windows = [torch.hann_window(side + 2, periodic=False, device=before.device)[1:-1] for side in sides]
+    window = windows[0][:, None] * windows[1]
+    spectra = [torch.fft.rfft2((x - x.mean((-2, -1), keepdim=True)) * window) for x in (before, after)]
+    cross = spectra[1] * spectra[0].conj()
+    peak = torch.fft.irfft2(cross / cross.abs().clamp_min(1e-12), s=sides).flatten(-2).argmax(-1)
+    shift = torch.stack([peak // sides[1], peak % sides[1]], -1)
+    side = torch.tensor(sides, device=before.device)
+    return (shift + side // 2) % side - side // 2
+
+
+def _shifted(frames: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames [..., C, H, W] moved by (down, right) [..., 2], and where the picture came from inside: [..., H, W]."""
+    height, width = frames.shape[-2:]
+    row = torch.arange(height, device=frames.device) - shift[..., :1]  # [..., H]
+    column = torch.arange(width, device=frames.device) - shift[..., 1:]
+    inside = ((row >= 0) & (row < height))[..., :, None] & ((column >= 0) & (column < width))[..., None, :]
+    index = (row % height)[..., :, None] * width + (column % width)[..., None, :]
+    moved = frames.flatten(-2).gather(-1, index.flatten(-2)[..., None, :].expand(frames.flatten(-2).shape))
+    return moved.view(frames.shape), inside
+
+
+class OracleMask(_Prior):
+    """The true moving foreground of a rendered set as a prior: p in proportion to a token's share of it. A reference.
+
+    Args:
+        explore: share of uniform draws.
+        **options: of ``Stepwise``.
+    """
+
+    observation: ClassVar[str] = "foreground"
+
+    def logits(self, observation: Tensor) -> Tensor:
+        """log of the share of moving foreground: [B, T', S, 1] -> [B, N]."""
+        return observation.flatten(1).clamp_min(1e-6).log()
+
+
+class GreedyOracle(Stepwise):
+    """Looks at the true error: shows those tokens of which each alone would lower the reconstruction error most.
+
+    One forward pass of the MAE for every token that could be shown, so it is for evaluation, and for small grids. On
+    ``TATSMaskingSequential-v0`` it is the greedy choice of each round; with one token a round, exactly so.
+    """
+
+    def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
+        """Ranks [B, N], highest where the summed error is lowest with that token shown besides those that are.
+
+        Raises:
+            ValueError: if the agent has no environment, or the observation is not of its present clips.
+        """
+        if self.env is None or len(observation) != self.env.num_envs:
+            raise ValueError(
+                "the greedy oracle looks into its environment: give env= and that environment's observation"
+            )
+        task = self.env.unwrapped.task
+        n = task.grid.num_tokens
+        candidates = hidden_tokens(task.shown, n)
+        errors = [
+            task.mae.errors(task.clips, torch.cat([task.shown, one], 1).sort(dim=1).values).token_error.sum(1)
+            for one in candidates.split(1, dim=1)
+        ]
+        return picks_to_scores(candidates.gather(1, torch.stack(errors, 1).argsort(dim=1)), n)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from agents.meter import Meter, step_values
 from tats_env.wrappers import UpdateEvery
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class LogHook(Hook):
     ``mask/plackett_luce_entropy`` (summed conditional entropies of the K draws, nats) and ``mask/effective_tokens``
     (exp of the entropy of one draw).
 
+    An agent adds numbers of its own by a method ``metrics()``.
+
     Args:
         logger: stable-baselines3's; None prints a table.
         every: updates of the agent from one line to the next.
@@ -66,7 +69,13 @@ class LogHook(Hook):
 
             logger = configure(None, ["stdout"])
         self.logger, self.every, self.iterations = logger, every, 0
+        self.meter = Meter()
         self.start = self.last = time.perf_counter()
+        self.timesteps = 0
+
+    def on_step(self, agent: Any) -> None:
+        """Take down what came of a step."""
+        self.meter.add(step_values(agent.env.unwrapped.task))
 
     def on_update_end(self, agent: Any) -> None:
         """Write a line, if one is due; raises if learning broke down."""
@@ -76,15 +85,17 @@ class LogHook(Hook):
         env = agent.env.unwrapped
         # On the clips to come: an update has just fitted the MAE to those of this step.
         yardstick = env.task.random_mask_error()
-        values = agent.check() | env.mae.metrics() | agent.meter.means() | {"mask/random_mask_error": float(yardstick)}
+        env.check()
+        values = agent.metrics() if hasattr(agent, "metrics") else {}
+        values |= env.mae.metrics() | self.meter.means() | {"mask/random_mask_error": float(yardstick)}
         now = time.perf_counter()
         values |= {
-            "time/fps": self.every * env.num_envs * getattr(agent, "n_steps", 1) / (now - self.last),
+            "time/fps": (agent.num_timesteps - self.timesteps) / (now - self.last),
             "time/iterations": self.iterations,
             "time/time_elapsed": now - self.start,
             "time/total_timesteps": agent.num_timesteps,
         }
-        self.last = now
+        self.last, self.timesteps = now, agent.num_timesteps
         for name, value in values.items():
             self.logger.record(name, value)
         self.logger.dump(step=agent.num_timesteps)

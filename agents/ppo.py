@@ -10,7 +10,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import torch
@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
-from agents.base import Meter, env_device, from_batch, open_env, step_values, to_batch
+from agents.base import env_device, first_seed, from_batch, open_env, to_batch
 from agents.credit import CREDITS, FORMS, Credit, clipped_surrogate, log_ratio, standardised, token_credit
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
+from agents.meter import Meter
 from agents.policies import TrajectoryPolicy
 from tats_env.guard import GuardedOptimizer
 from tats_env.mae.checkpoint import read_checkpoint
@@ -101,6 +102,8 @@ class PPO:
         ValueError: on settings that can't work.
     """
 
+    suffix: ClassVar[str] = ".safetensors"
+
     def __init__(
         self,
         env: str | gym.vector.VectorEnv[Any, Any, Any] | None,
@@ -133,11 +136,6 @@ class PPO:
         if min(n_steps, n_epochs, n_minibatches) < 1:
             raise ValueError("n_steps, n_epochs and n_minibatches must each be at least 1")
         self.env: Any = None if env is None else open_env(env)
-        if self.env is not None and (self.env.num_envs * n_steps) % n_minibatches:
-            raise ValueError(
-                f"n_minibatches={n_minibatches} does not divide a rollout of {self.env.num_envs} environments x "
-                f"{n_steps} steps = {self.env.num_envs * n_steps} decisions"
-            )
         self.n_steps, self.n_epochs, self.n_minibatches, self.clip_range = n_steps, n_epochs, n_minibatches, clip_range
         self.ent_coef, self.entropy_floor, self.vf_coef = ent_coef, entropy_floor, vf_coef
         self.gamma, self.gae_lambda, self.target_kl = gamma, gae_lambda, target_kl
@@ -167,7 +165,7 @@ class PPO:
         """Train for that many clips; the learning rate's cosine spans this call.
 
         Raises:
-            ValueError: without an environment.
+            ValueError: without an environment, or if ``n_minibatches`` does not divide a rollout.
             FloatingPointError, gymnasium.error.InvalidAction: if learning broke down, seen at the end or by a hook
                 that logs.
         """
@@ -175,6 +173,11 @@ class PPO:
             raise ValueError("this agent was made or loaded without an environment: give env= to learn")
         hooks = as_hooks(callback)
         clips_per_rollout = self.env.num_envs * self.n_steps
+        if clips_per_rollout % self.n_minibatches:
+            raise ValueError(
+                f"n_minibatches={self.n_minibatches} does not divide a rollout of {self.env.num_envs} environments x "
+                f"{self.n_steps} steps = {clips_per_rollout} decisions"
+            )
         end = self.num_timesteps + total_timesteps
         schedule = CosineLRScheduler(
             self.optimizer,
@@ -182,8 +185,7 @@ class PPO:
             lr_min=FINAL_LEARNING_RATE * self.learning_rate,
             t_in_epochs=False,
         )
-        # Far apart, since environment i of seed s is keyed by s + i: runs with seeds 0, 1, ... share no clips.
-        observation, _ = self.env.reset(seed=self.seed << 20)
+        observation, _ = self.env.reset(seed=first_seed(self.seed))
         iteration = 0
         while self.num_timesteps < end:
             rollout, observation = self._collect(observation, hooks)
@@ -211,24 +213,27 @@ class PPO:
             "train/n_updates": float(self.num_updates),
         }
 
+    def metrics(self) -> dict[str, float]:
+        """``check``'s numbers, and means since the last call of what each update measured. Waits for the device."""
+        return self.check() | self.meter.means()
+
     @torch.no_grad()
     def _collect(self, observation: Tensor, hooks: list[Hook]) -> tuple[Rollout, Tensor]:
         """One rollout of ``n_steps`` steps, and the observation after it."""
         env, n = self.env, self.env.single_action_space.shape[0]
-        k = env.unwrapped.task.num_visible
+        k = env.unwrapped.task.num_picks
         steps, rewards, ends, credits = [], [], [], []
         for _ in range(self.n_steps):
             logits, value = self.policy(observation)
             picks = PlackettLuce(logits, k, self.explore).sample(self.generator)
             steps.append((observation, picks, logits, value))
-            observation, reward, terminated, truncated, info = env.step(picks_to_scores(picks, n))
+            observation, reward, terminated, truncated, _ = env.step(picks_to_scores(picks, n))
             rewards.append(reward)
             ends.append(terminated | truncated)
             if self.credit != "clip":
                 decision = env.unwrapped.task.decision
                 credits.append(token_credit(self.credit, self.form, self.power, decision, picks))
             self.num_timesteps += len(reward)
-            self.meter.add(step_values(reward, info, env.unwrapped.task.horizon))
             for hook in hooks:
                 hook.on_step(self)
         observations, picks, logits, values = (torch.stack(x) for x in zip(*steps, strict=True))
@@ -321,6 +326,11 @@ class PPO:
         variance = rollout.returns.var(correction=0)
         explained = 1 - (rollout.returns - rollout.value).var(correction=0) / variance.clamp_min(1e-12)
         self.meter.add({"train/explained_variance": explained})
+
+    @torch.no_grad()
+    def logits(self, observation: Tensor) -> Tensor:
+        """The policy's logits [B, N] for an observation [B, T', S, D] on its device."""
+        return self.policy(observation)[0]
 
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = False) -> tuple[Any, None]:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.base import Agent, motion_lift
+from agents.base import Agent
+from agents.meter import motion_lift
 from tats_env.data import VideoSet
 from tats_env.mae import MAELearner
 from tats_env.vector_env import TATSMaskingVectorEnv

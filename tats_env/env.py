@@ -39,7 +39,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     |------|---------|------------|
     | T' | tubelets along time, `num_frames / tubelet_size` | 8 |
     | S  | spatial positions, row by row, `(size / patch_size)^2` | 16 |
-    | D  | features: the MAE's own token embedding plus position (`observation="tokens"`), or the normalised pixels of the patch, `tubelet_size * patch_size^2 * 3` of them (`observation="pixels"`) | 96 |
+    | D  | features: the MAE's own token embedding plus position (`observation="tokens"`), or the normalised pixels of the patch, `tubelet_size * patch_size^2 * 3` of them (`observation="pixels"`), or the share of them on the true moving foreground (`observation="foreground"`, for oracles) | 96 |
 
     ## Rewards
     | Name | What it makes an agent prefer |
@@ -85,7 +85,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     | `mae` | `"tiny"` | a size (`tiny`, `small`, `base`, `large`), a checkpoint's path, or a live `MAELearner` |
     | `mae_seed` | `0` | of the MAE's initial weights |
     | `reward` | `"surprise"` | see above |
-    | `observation` | `"tokens"` | or `pixels` |
+    | `observation` | `"tokens"` | or `pixels`, or `foreground` (rendered sets, for oracles only) |
     | `horizon` | `1` | clips in an episode |
     | `foreground` | `False` | put the true moving foreground into the info (rendered sets, for evaluation only) |
     | `device` | `"auto"` | CUDA where there is one |

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,12 @@ class Decision:
         clips: uint8 [B, T, H, W, 3].
         visible: bool [B, N], the tokens that the action kept.
         reconstruction: errors of the hidden tokens under that mask.
+        rewards: float32 [B], once the reward function has spoken.
+        foreground: float32 [B, N], share of each token's pixels on moving foreground, if the environment was asked.
     """
+
+    rewards: Tensor
+    foreground: Tensor | None = None
 
     def __init__(
         self, mae: MAELearner, clips: Tensor, visible: Tensor, reconstruction: Reconstruction, uniform: Tensor
@@ -101,15 +107,24 @@ def resolve_reward(name: str | Reward) -> Reward:
         return name
     if name in REWARDS:
         return REWARDS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(
             f"reward {name!r} is unknown; give one of {', '.join(REWARDS)}, or your own as package.module:function"
         )
-    try:
-        function: Reward = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"reward {name!r} can't be imported: {error}") from error
+    function: Reward = import_object(name, "reward")
     if not callable(function):
         raise ValueError(f"reward {name!r} is a {type(function).__name__}; give a function of a Decision")
     return function
+
+
+def import_object(path: str, what: str) -> Any:
+    """What an import path ``package.module:name`` leads to.
+
+    Raises:
+        ValueError: that names ``what`` it should have been, if it leads nowhere.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{what} {path!r} can't be imported: {error}") from error

@@ -19,7 +19,7 @@ from tats_env.mae import SIZES, MAELearner, load_learner
 from tats_env.mae.learner import resolve_device
 from tats_env.rewards import Decision, Reward, resolve_reward
 
-OBSERVATIONS = ("tokens", "pixels")
+OBSERVATIONS = ("tokens", "pixels", "foreground")
 _CLIP, _TIES, _UNIFORM = 1, 2, 3  # what a random number is for
 
 
@@ -111,6 +111,7 @@ class MaskingTask:
         self.num_envs, self.horizon, self.observation = num_envs, horizon, observation
         self.grid = TokenGrid(num_frames, size, size, tubelet_size, patch_size)
         self.num_visible = token_budget(self.grid.num_tokens, mask_ratio)
+        self.num_picks = self.num_visible  # tokens that one action chooses
         self.reward = resolve_reward(reward)
         self.mae = self._resolve_mae(mae, mae_seed, device)
         self.device = self.mae.device
@@ -123,16 +124,19 @@ class MaskingTask:
             shapes = " x ".join(map(str, dataset.clip_shape)), f"{num_frames} x {size} x {size}"
             raise ValueError("the given dataset's clips are {}, this environment's are {}".format(*shapes))
         self.videos = dataset
-        if foreground and not self.videos.has_foreground:
-            raise ValueError(f"foreground=True: the truth is known for rendered sets only, not for {dataset.name}")
+        if (foreground or observation == "foreground") and not self.videos.has_foreground:
+            asked = "foreground=True" if foreground else "observation='foreground'"
+            raise ValueError(f"{asked}: the truth is known for rendered sets only, not for {dataset.name}")
         self.with_foreground = foreground
-        width = self.mae.embed_dim if observation == "tokens" else self.grid.patch_dim
-        shape = (self.grid.num_steps, self.grid.num_positions, width)
+        widths = {"tokens": self.mae.embed_dim, "pixels": self.grid.patch_dim, "foreground": 1}
+        shape = (self.grid.num_steps, self.grid.num_positions, widths[observation])
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.grid.num_tokens,), np.float32)
         self.seeds = torch.zeros(num_envs, dtype=torch.int64)
         self.episode, self.position = -1, 0
         self.decision: Decision | None = None
+        # Tokens of the present clips that are visible before the action speaks, indices [B, .]: none
+        self.shown = torch.empty(num_envs, 0, dtype=torch.int64, device=self.device)
         self.always_probe = False  # make the decision's pass under uniform masks in ``step``, before any update
 
     def _resolve_mae(self, mae: str | Path | MAELearner, seed: int, device: str | torch.device) -> MAELearner:
@@ -186,6 +190,11 @@ class MaskingTask:
         """Whether the decision on the present clip is the episode's last."""
         return self.position + 1 == self.horizon
 
+    @property
+    def mask_complete(self) -> bool:
+        """Whether the last decision left all K tokens of its clips visible."""
+        return True
+
     def _load(self) -> None:
         self.video_index, self.start_frame = self._choose(self.episode, self.position)
         self.clips = self.videos.clips(self.video_index, self.start_frame, self.device)
@@ -194,11 +203,14 @@ class MaskingTask:
 
     @torch.no_grad()
     def observe(self) -> Tensor:
-        """float32 [B, T', S, D]: the MAE's tokens of the present clips, or their normalised patches."""
+        """float32 [B, T', S, D]: the MAE's tokens of the present clips, their normalised patches, or the truth."""
         if self.observation == "tokens":
             return self.mae.tokens(self.clips)
-        pixels = self.mae.normalize(self.grid.patchify(self.clips))
-        return pixels.unflatten(1, (self.grid.num_steps, self.grid.num_positions))
+        if self.observation == "pixels":
+            seen = self.mae.normalize(self.grid.patchify(self.clips))
+        else:
+            seen = self.foreground()[..., None]
+        return seen.unflatten(1, (self.grid.num_steps, self.grid.num_positions))
 
     def check_shape(self, actions: Tensor | np.ndarray, shape: tuple[int, ...]) -> None:
         """Raise InvalidAction unless ``actions`` has the given shape."""
@@ -215,10 +227,13 @@ class MaskingTask:
         reconstruction = self.mae.reconstruct(self.clips, visible)
         shown = visible_mask(visible, n)
         self.decision = Decision(self.mae, self.clips, shown, reconstruction, self._uniform_visible())
+        if self.with_foreground:
+            self.decision.foreground = self.foreground()
         if self.always_probe:
             _ = self.decision.uniform_reconstruction
         with torch.no_grad():
-            return self.reward(self.decision).float()
+            self.decision.rewards = self.reward(self.decision).float()
+        return self.decision.rewards
 
     def _uniform_visible(self) -> Tensor:
         """A uniform random mask of the same budget for each of the present clips: indices [B, K], ascending."""
@@ -238,8 +253,8 @@ class MaskingTask:
             "visible": self.decision.visible,
             "reconstruction_error": found.reconstruction_error,
         }
-        if self.with_foreground:
-            info["foreground"] = self.foreground()
+        if self.decision.foreground is not None:
+            info["foreground"] = self.decision.foreground
         return info
 
     def foreground(self) -> Tensor:

@@ -278,7 +278,7 @@ def test_vector_info_follows_same_step_autoreset() -> None:
 
 
 def test_showing_the_true_foreground_gives_a_high_lift() -> None:
-    from agents.base import motion_lift
+    from agents.meter import motion_lift
 
     vector = make_vec(30, foreground=True, output="torch")
     vector.reset(seed=0)
