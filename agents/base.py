@@ -154,7 +154,6 @@ class Stepwise:
     def after_step(self, observation: Tensor) -> None:
         """Learn from ``self.env.unwrapped.task.decision``, which came of the observation; by default nothing."""
 
-    @torch.no_grad()
     def learn(self, total_timesteps: int, callback: Hook | Sequence[Hook] | None = None) -> Self:
         """Step the environment for that many clips, calling the hooks.
 

@@ -17,6 +17,9 @@ class PlackettLuce:
     Each draw takes token i with probability p_i over the sum of p of the tokens not yet drawn, where
     p = (1 - explore) softmax(logits) + explore / N. Leading dimensions, written ..., are independent.
 
+    Tokens that are not ``available`` count as drawn before: p stays that of all N tokens, and every draw is among the
+    available ones, in proportion to their p. A draw in several rounds with the same logits is thus, exactly, one draw.
+
     The arithmetic is float64 inside, whatever the logits are, and results are float32 (float64 for float64
     logits): in float32 the running sums over K draws are off by up to 1e-5 a pick, for logits within +-20 and
     N = K = 1568. As it is, results are within 2e-7 * max(1, |result|) of exact, float32's own rounding, for
@@ -26,16 +29,19 @@ class PlackettLuce:
         logits: [..., N], any floating dtype, finite.
         k: K, the number of tokens drawn.
         explore: weight in [0, 1] of the uniform distribution mixed in, for drawing and log-probability alike.
+        available: bool [..., N], which tokens can be drawn, K of them or more (not checked: that would stop the
+            device); None for all. Picks must be among them.
 
     Attributes:
-        log_p: [..., N], normalised log-probability of each token in the first draw, after mixing.
+        log_p: [..., N], normalised log-probability of each token in the first draw, after mixing; about -1e30, for a
+            probability of 0, where a token is not available.
         k: K.
 
     Raises:
         ValueError: if K is not in 1..N, ``explore`` not in [0, 1], or picks do not have the shape [..., K].
     """
 
-    def __init__(self, logits: Tensor, k: int, explore: float = 0.0) -> None:
+    def __init__(self, logits: Tensor, k: int, explore: float = 0.0, available: Tensor | None = None) -> None:
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"k={k} tokens cannot be drawn of N={logits.shape[-1]}: give k between 1 and N")
         if not 0 <= explore <= 1:
@@ -45,6 +51,9 @@ class PlackettLuce:
         self._log_p = logits.double().log_softmax(-1)
         if explore:
             self._log_p = ((1 - explore) * self._log_p.exp() + explore / logits.shape[-1]).log()
+        if available is not None:
+            self._logits = logits.masked_fill(~available, -torch.inf)
+            self._log_p = self._log_p.masked_fill(~available, _NEVER).log_softmax(-1)
         self.log_p = self._rounded(self._log_p)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
@@ -85,7 +94,7 @@ class PlackettLuce:
         return self._rounded(self._conditional_entropy(picks).sum(-1))
 
     def effective_tokens(self) -> Tensor:
-        """exp(entropy) of one draw's categorical, [...]: N if uniform, towards 1 as one token takes all."""
+        """exp(entropy) of the first draw, [...]: N (or all available) if uniform, towards 1 as one token takes all."""
         return self._rounded(-(self._log_p.exp() * self._log_p).sum(-1)).exp()
 
     def _scan(self, picks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

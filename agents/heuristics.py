@@ -5,11 +5,12 @@ from __future__ import annotations
 from math import isqrt
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from agents.base import Stepwise
+from agents.base import Stepwise, from_batch
 from agents.distributions import PlackettLuce, picks_to_scores
 from tats_env.grid import hidden_tokens
 
@@ -24,14 +25,14 @@ class RandomMask(Stepwise):
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, device=self.device)
 
-    def _groups(self, group: Tensor, observation: Tensor) -> Tensor:
+    def _groups(self, group: Tensor, count: int, observation: Tensor) -> Tensor:
         """Scores [B, N] that keep whole groups of tokens, in random order, and of the last one random tokens.
 
         Args:
-            group: int64 [T', S], which group each token belongs to, numbered from 0 without gaps.
+            group: int64 [T', S], which group each token belongs to, from 0 to count - 1.
+            count: how many there are.
             observation: [B, T', S, D].
         """
-        count = int(group.max()) + 1
         rank = self._uniform(len(observation), count).argsort(dim=1)[:, group.flatten()]  # [B, N]
         return 2 * (rank + self._uniform(*rank.shape)) / count - 1
 
@@ -49,7 +50,7 @@ class TubeMask(RandomMask):
     def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
         """Whole columns of tokens, and random slots of one more."""
         t, s = _steps_and_positions(observation)
-        return self._groups(s + 0 * t, observation)
+        return self._groups(s + 0 * t, s.numel(), observation)
 
 
 class FrameMask(RandomMask):
@@ -58,7 +59,7 @@ class FrameMask(RandomMask):
     def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
         """Whole slots of time, and random positions of one more."""
         t, s = _steps_and_positions(observation)
-        return self._groups(t + 0 * s, observation)
+        return self._groups(t + 0 * s, t.numel(), observation)
 
 
 class BlockMask(RandomMask):
@@ -83,9 +84,9 @@ class BlockMask(RandomMask):
         """Whole cubes, and random tokens of one more."""
         t, s = _steps_and_positions(observation)
         columns = _square_side(observation)
-        blocks = -(-columns // self.side)
+        blocks, layers = -(-columns // self.side), -(-t.numel() // self.steps)
         cube = (t // self.steps * blocks + s // columns // self.side) * blocks + s % columns // self.side
-        return self._groups(cube, observation)
+        return self._groups(cube, layers * blocks**2, observation)
 
 
 def _square_side(observation: Tensor) -> int:
@@ -136,7 +137,7 @@ class MotionMask(_Prior):
         explore: share of uniform draws.
         camera: take the global camera motion out first: frames are compared after the whole-pixel shift between them
             that phase correlation finds (Kuglin and Hines, 1975), over what both show.
-        tubelet_size: frames in a token; with an environment, its own.
+        tubelet_size, patch_size: frames and pixels of a token; with an environment, its own.
         **options: of ``Stepwise``.
 
     Raises:
@@ -153,17 +154,22 @@ class MotionMask(_Prior):
         explore: float = 0.5,
         camera: bool = False,
         tubelet_size: int = 2,
+        patch_size: int = 8,
         seed: int = 0,
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: give a positive number")
         super().__init__(env, explore=explore, seed=seed)
         self.temperature, self.camera = temperature, camera
-        self.tubelet_size = tubelet_size if self.env is None else self.env.unwrapped.task.grid.tubelet_size
+        self.tubelet_size, self.patch_size = tubelet_size, patch_size
+        if self.env is not None:
+            grid = self.env.unwrapped.task.grid
+            self.tubelet_size, self.patch_size = grid.tubelet_size, grid.patch_size
 
     def logits(self, observation: Tensor) -> Tensor:
-        """log of the energy over the temperature: pixels [B, T', S, P] -> [B, N]."""
-        return motion_energy(observation, self.tubelet_size, self.camera).clamp_min(1e-12).log() / self.temperature
+        """log of the energy over the temperature: pixels, the first P channels of [B, T', S, D] -> [B, N]."""
+        pixels = observation[..., : self.tubelet_size * self.patch_size**2 * 3]
+        return motion_energy(pixels, self.tubelet_size, self.camera).clamp_min(1e-12).log() / self.temperature
 
 
 def motion_energy(observation: Tensor, tubelet_size: int, camera: bool) -> Tensor:
@@ -194,19 +200,21 @@ def motion_energy(observation: Tensor, tubelet_size: int, camera: bool) -> Tenso
 def global_shift(before: Tensor, after: Tensor) -> Tensor:
     """How far the picture as a whole moved, by phase correlation: grey frames [..., H, W] twice -> int64 [..., 2].
 
+    A shift that does not lower the mean absolute difference of what both frames show is none: on small pictures the
+    peak of the correlation can belong to an object.
+
     Returns:
         (down, right) in pixels, each within half of the picture's side.
     """
     sides = before.shape[-2:]
-    # A window, since the borders that a shift brings in belong to no correlation.
-    windows = [torch.hann_window(side + 2, periodic=False, device=before.device)[1:-1] for side in sides]
-    window = windows[0][:, None] * windows[1]
-    spectra = [torch.fft.rfft2((x - x.mean((-2, -1), keepdim=True)) * window) for x in (before, after)]
-    cross = spectra[1] * spectra[0].conj()
+    cross = torch.fft.rfft2(after) * torch.fft.rfft2(before).conj()
     peak = torch.fft.irfft2(cross / cross.abs().clamp_min(1e-12), s=sides).flatten(-2).argmax(-1)
     shift = torch.stack([peak // sides[1], peak % sides[1]], -1)
     side = torch.tensor(sides, device=before.device)
-    return (shift + side // 2) % side - side // 2
+    shift = (shift + side // 2) % side - side // 2
+    moved, inside = _shifted(before[..., None, :, :], shift)
+    residual = ((after - moved.squeeze(-3)).abs() * inside).sum((-2, -1)) / inside.sum((-2, -1))
+    return shift * (residual < (after - before).abs().mean((-2, -1)))[..., None]
 
 
 def _shifted(frames: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,32 +239,33 @@ class OracleMask(_Prior):
     observation: ClassVar[str] = "foreground"
 
     def logits(self, observation: Tensor) -> Tensor:
-        """log of the share of moving foreground: [B, T', S, 1] -> [B, N]."""
-        return observation.flatten(1).clamp_min(1e-6).log()
+        """log of the share of moving foreground, the first channel: [B, T', S, D] -> [B, N]."""
+        return observation[..., 0].flatten(1).clamp_min(1e-6).log()
 
 
-class GreedyOracle(Stepwise):
+class GreedyOracle(RandomMask):
     """Looks at the true error: shows those tokens of which each alone would lower the reconstruction error most.
 
-    One forward pass of the MAE for every token that could be shown, so it is for evaluation, and for small grids. On
-    ``TATSMaskingSequential-v0`` it is the greedy choice of each round; with one token a round, exactly so.
+    A reference for evaluation, and for small grids: ``predict`` makes one forward pass of the MAE for every token that
+    could be shown. While the MAE trains, in ``learn``, masks are uniformly random. On ``TATSMaskingSequential-v0`` it
+    is the greedy choice of each round; with one token a round, exactly so.
     """
 
-    def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
+    @torch.no_grad()
+    def predict(self, observation: Any, deterministic: bool = False) -> tuple[Any, None]:
         """Ranks [B, N], highest where the summed error is lowest with that token shown besides those that are.
 
         Raises:
             ValueError: if the agent has no environment, or the observation is not of its present clips.
         """
         if self.env is None or len(observation) != self.env.num_envs:
-            raise ValueError(
-                "the greedy oracle looks into its environment: give env= and that environment's observation"
-            )
+            raise ValueError("the greedy oracle looks into its environment: give env=, and that one's observation")
         task = self.env.unwrapped.task
-        n = task.grid.num_tokens
-        candidates = hidden_tokens(task.shown, n)
+        candidates = hidden_tokens(task.shown, task.grid.num_tokens)
         errors = [
             task.mae.errors(task.clips, torch.cat([task.shown, one], 1).sort(dim=1).values).token_error.sum(1)
             for one in candidates.split(1, dim=1)
         ]
-        return picks_to_scores(candidates.gather(1, torch.stack(errors, 1).argsort(dim=1)), n)
+        order = candidates.gather(1, torch.stack(errors, 1).argsort(dim=1))
+        scores = picks_to_scores(order, task.grid.num_tokens)
+        return from_batch(scores, False, isinstance(observation, np.ndarray)), None

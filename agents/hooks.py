@@ -48,7 +48,7 @@ def as_hooks(callback: Hook | Sequence[Hook] | None) -> list[Hook]:
 
 
 class LogHook(Hook):
-    """Every ``every`` updates, dump what the agent and the MAE measured through stable-baselines3's logger.
+    """Dump what the agent and the MAE measured through stable-baselines3's logger, every so many steps.
 
     Keys are stable-baselines3's (``train/approx_kl``, ``time/fps``, ...) and, of ours: ``mae/*`` of the MAE's
     optimiser; ``mask/reconstruction_error`` under the agent's masks and, the yardstick beside it,
@@ -60,7 +60,7 @@ class LogHook(Hook):
 
     Args:
         logger: stable-baselines3's; None prints a table.
-        every: updates of the agent from one line to the next.
+        every: steps of the environment from one line to the next, at least.
     """
 
     def __init__(self, logger: Logger | None = None, every: int = 10) -> None:
@@ -68,20 +68,22 @@ class LogHook(Hook):
             from stable_baselines3.common.logger import configure
 
             logger = configure(None, ["stdout"])
-        self.logger, self.every, self.iterations = logger, every, 0
+        self.logger, self.every, self.iterations, self.steps = logger, every, 0, 0
         self.meter = Meter()
         self.start = self.last = time.perf_counter()
         self.timesteps = 0
 
     def on_step(self, agent: Any) -> None:
         """Take down what came of a step."""
+        self.steps += 1
         self.meter.add(step_values(agent.env.unwrapped.task))
 
     def on_update_end(self, agent: Any) -> None:
         """Write a line, if one is due; raises if learning broke down."""
         self.iterations += 1
-        if self.iterations % self.every:
+        if self.steps < self.every:
             return
+        self.steps = 0
         env = agent.env.unwrapped
         # On the clips to come: an update has just fitted the MAE to those of this step.
         yardstick = env.task.random_mask_error()

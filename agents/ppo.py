@@ -24,6 +24,7 @@ from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
 from agents.meter import Meter
 from agents.policies import TrajectoryPolicy
+from tats_env.grid import visible_mask
 from tats_env.guard import GuardedOptimizer
 from tats_env.mae.checkpoint import read_checkpoint
 
@@ -51,6 +52,8 @@ class Rollout(NamedTuple):
     """[M, X], X as the credit has it"""
     counts: Tensor
     """bool [M, X], which advantages count"""
+    available: Tensor | None = None
+    """bool [M, N], which tokens could be drawn; None where all could"""
 
 
 def gae(rewards: Tensor, values: Tensor, ended: Tensor, last_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
@@ -87,7 +90,8 @@ class PPO:
         ent_coef: weight of the Plackett-Luce entropy for each pick.
         entropy_floor: effective number of tokens below which a clip's policy is pushed back up; None for no floor.
         vf_coef: weight of the value loss.
-        gamma, gae_lambda: discount (actions change no observation: 0 fits) and trace decay.
+        gamma, gae_lambda: discount (0 fits where actions change no observation, 1 the sequential task) and trace
+            decay.
         target_kl: updates of a rollout stop once the approximate KL exceeds 1.5 times this; None never stops.
         max_grad_norm: of the policy's gradient.
         normalize_advantage: standardise ``clip`` credit over a rollout.
@@ -221,18 +225,22 @@ class PPO:
     def _collect(self, observation: Tensor, hooks: list[Hook]) -> tuple[Rollout, Tensor]:
         """One rollout of ``n_steps`` steps, and the observation after it."""
         env, n = self.env, self.env.single_action_space.shape[0]
-        k = env.unwrapped.task.num_picks
-        steps, rewards, ends, credits = [], [], [], []
+        task = env.unwrapped.task
+        k, in_rounds = task.num_picks, task.num_picks < task.num_visible
+        steps, rewards, ends, credits, availables = [], [], [], [], []
+        available: Tensor | None = None
         for _ in range(self.n_steps):
             logits, value = self.policy(observation)
-            picks = PlackettLuce(logits, k, self.explore).sample(self.generator)
+            if in_rounds:
+                available = ~visible_mask(task.shown, n)
+                availables.append(available)
+            picks = PlackettLuce(logits, k, self.explore, available).sample(self.generator)
             steps.append((observation, picks, logits, value))
             observation, reward, terminated, truncated, _ = env.step(picks_to_scores(picks, n))
             rewards.append(reward)
             ends.append(terminated | truncated)
             if self.credit != "clip":
-                decision = env.unwrapped.task.decision
-                credits.append(token_credit(self.credit, self.form, self.power, decision, picks))
+                credits.append(token_credit(self.credit, self.form, self.power, task.decision, picks))
             self.num_timesteps += len(reward)
             for hook in hooks:
                 hook.on_step(self)
@@ -250,10 +258,15 @@ class PPO:
         else:
             credit = Credit(*(torch.cat(x) for x in zip(*credits, strict=True)))
         observations, picks, logits, values = (x.flatten(0, 1) for x in (observations, picks, logits, values))
-        return Rollout(observations, picks, logits, values, returns, *credit), observation
+        rollout = Rollout(observations, picks, logits, values, returns, *credit)
+        return (rollout._replace(available=torch.cat(availables)) if in_rounds else rollout), observation
 
     def _normalise(self, rewards: Tensor) -> Tensor:
-        """Rewards [L, B] less their running mean, over their running deviation."""
+        """Rewards [L, B] less their running mean, over their running deviation.
+
+        Episodes have a fixed length, so the mean that is taken off shifts a return by what the steps left fix, and a
+        value of the observation can learn that.
+        """
         self._reward_weight.lerp_(torch.ones_like(self._reward_weight), 1 - REWARD_DECAY)
         # An exponential average from 0, corrected for its start as Adam's moments are.
         self._reward_mean.lerp_(rewards.mean(), 1 - REWARD_DECAY)
@@ -270,7 +283,8 @@ class PPO:
                 batches = [rollout]
             else:
                 order = torch.randperm(size, generator=self.generator, device=self.device)
-                batches = [Rollout(*(x[i] for x in rollout)) for i in order.chunk(self.n_minibatches)]
+                parts = order.chunk(self.n_minibatches)
+                batches = [Rollout._make(None if x is None else x[i] for x in rollout) for i in parts]
             for batch in batches:
                 loss, approx_kl = self._loss(batch)
                 if self.target_kl is not None:
@@ -285,7 +299,7 @@ class PPO:
         """PPO's loss on a batch, and the approximate KL from the policy that drew it."""
         k = batch.picks.shape[1]
         logits, values = self.policy(batch.observation)
-        new, old = PlackettLuce(logits, k, self.explore), PlackettLuce(batch.logits, k, self.explore)
+        new, old = (PlackettLuce(x, k, self.explore, batch.available) for x in (logits, batch.logits))
         ratio_log = log_ratio(self.credit, new, old, batch.picks)
         weight = batch.counts.float() / batch.counts.sum().clamp_min(1)
 

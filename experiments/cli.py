@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from experiments.config import ConfigError, RunConfig, load_config, override_config, packaged_configs
+from experiments.config import (
+    ConfigError,
+    RunConfig,
+    compare_usage,
+    load_config,
+    load_grid,
+    override_config,
+    packaged_configs,
+)
 
 _HELP = ("-h", "--help")
 
@@ -35,8 +44,24 @@ def _run(args: Sequence[str]) -> int:
     return run(config)
 
 
+def _compare(args: Sequence[str]) -> int:
+    if not args or args[0] in _HELP or args[0].startswith("-"):
+        usage = compare_usage()
+        if args and args[0] in _HELP:
+            print(usage)
+            return 0
+        raise ConfigError(f"tats compare: a grid comes first, then options\n{usage}")
+    grid, minutes = load_grid(args[0], args[1:])
+    from experiments.compare import compare
+
+    return compare(grid, minutes)
+
+
 VERBS = {
     "run": Verb("train the MAE and the token sampler together, then evaluate", "tats run quickstart --steps 100", _run),
+    "compare": Verb(
+        "run a grid of agents, mask ratios and seeds, and compare", "tats compare compare_quick --minutes 9", _compare
+    ),
 }
 
 
@@ -74,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = "".join(f"; did you mean tats {name}?" for name in get_close_matches(verb, VERBS, n=1))
         print(f"tats: {verb}: unknown verb; there are {', '.join(VERBS)}{near}", file=sys.stderr)
         return 2
+    # Last, so that a module of one's own can be named in a configuration but can't take another's place.
+    sys.path.append(os.getcwd())
     try:
         return VERBS[verb].main(args)
     except ValueError as error:

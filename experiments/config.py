@@ -5,27 +5,32 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from importlib.resources import files
+from itertools import product
 from math import ceil, floor
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from agents import AGENTS
 from experiments.refusals import close, did_you_mean, explain, items, kind_of
 
 REWARDS = ("surprise", "motion_surprise", "reconstruction_error", "negative_reconstruction_error")
@@ -46,6 +51,16 @@ class ConfigError(ValueError):
 
 
 _WHOLES = {"tubelet_size": "num_frames", "patch_size": "size", "num_heads": "width"}
+
+
+def _check_text(field: str, value: str) -> str:
+    pattern, right, names = _TEXTS[field]
+    if not re.fullmatch(pattern, value):
+        near = close(value, names)
+        if field == "data" and "/" in value:
+            near = ["folder:" + value.rpartition(":")[2]]
+        raise ValueError(f"{value!r} is unknown; give {right}{did_you_mean(*near)}")
+    return value
 
 
 def _check_divides(whole: int, part: int, what: str) -> None:
@@ -123,8 +138,10 @@ class MAEConfig(_Section):
 
 
 class AgentConfig(_Section):
-    """The token sampler and PPO."""
+    """Our PPO and its token sampler; another class has settings of its own (OtherAgentConfig)."""
 
+    class_: Literal["ppo"] = Field(default="ppo", alias="class")
+    """ppo, adamae, random, tube, frame, block, motion, oracle, greedy, sb3:ALGORITHM or package.module:Class."""
     credit: Literal["clip", "pick_surprise", "token_error", "token_motion"] = "token_motion"
     """Which outcome speaks for which token; the token credits raise what was hidden and hard to predict."""
     form: Literal["standardised", "proportional"] = "standardised"
@@ -169,6 +186,31 @@ class AgentConfig(_Section):
     """c of c * tanh((logit - mean) / c), which bounds how far apart two tokens can be."""
 
 
+class OtherAgentConfig(_Section):
+    """An agent other than our PPO: what else is given goes to its constructor, which is asked before a run starts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    class_: str = Field(alias="class")
+    """Its name in ``agents.AGENTS``, sb3:ALGORITHM, or package.module:Class."""
+
+    @field_validator("class_")
+    @classmethod
+    def _is_understood(cls, value: str) -> str:
+        if value not in AGENTS and not re.fullmatch(r"sb3:\w+|\w+(\.\w+)*:\w+", value):
+            raise ValueError(
+                f"{value!r} is unknown; give one of {', '.join(AGENTS)}, sb3:ALGORITHM of stable-baselines3 or "
+                f"package.module:Class{did_you_mean(*close(value, list(AGENTS)))}"
+            )
+        return value
+
+
+def _agent_kind(value: Any) -> str:
+    """Which of the two an ``agent`` section is; in angle brackets, so that no key of a path can be taken for it."""
+    name = value.get("class", "ppo") if isinstance(value, dict) else getattr(value, "class_", "ppo")
+    return "<ppo>" if name == "ppo" else "<other>"
+
+
 class EvaluateConfig(_Section):
     """What is measured after training."""
 
@@ -180,6 +222,8 @@ class EvaluateConfig(_Section):
     """Probe the frozen features."""
     baseline: bool = True
     """Also train under uniform random masks for as long, and compare."""
+    pictures: bool = True
+    """Draw masks.png and masks.gif of a few validation clips."""
 
 
 class RunConfig(_Section):
@@ -200,9 +244,11 @@ class RunConfig(_Section):
     batch_size: PositiveInt = 32
     """Clips in a step, one an environment."""
     steps: PositiveInt = 600
-    """Steps of the environment to train for."""
+    """Batches of clips to train for: steps of the environment times rounds."""
     reward: str = "reconstruction_error"
     """surprise, motion_surprise, reconstruction_error, negative_reconstruction_error or package.module:function."""
+    rounds: PositiveInt = 1
+    """Above 1, tokens are revealed in that many rounds, each rewarded by the fall of the error (reward is unused)."""
     horizon: PositiveInt = 1
     """Consecutive clips of one video in an episode."""
     log_interval: PositiveInt = 10
@@ -211,19 +257,15 @@ class RunConfig(_Section):
     """Folder in which the run's own folder is made."""
     clip: ClipConfig = ClipConfig()
     mae: MAEConfig = MAEConfig()
-    agent: AgentConfig = AgentConfig()
+    agent: Annotated[
+        Annotated[AgentConfig, Tag("<ppo>")] | Annotated[OtherAgentConfig, Tag("<other>")], Discriminator(_agent_kind)
+    ] = AgentConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @field_validator("name", "device", "data", "reward")
     @classmethod
     def _is_understood(cls, value: str, info: ValidationInfo) -> str:
-        pattern, right, names = _TEXTS[info.field_name or ""]
-        if not re.fullmatch(pattern, value):
-            near = close(value, names)
-            if info.field_name == "data" and "/" in value:
-                near = ["folder:" + value.rpartition(":")[2]]
-            raise ValueError(f"{value!r} is unknown; give {right}{did_you_mean(*near)}")
-        return value
+        return _check_text(info.field_name or "", value)
 
     @field_validator("mask_ratio")
     @classmethod
@@ -235,7 +277,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
-        n, floor_ = self.clip.num_tokens, self.agent.entropy_floor
+        n = self.clip.num_tokens
         k = int(n * (1 - self.mask_ratio) + 1e-9)
         if n == 1:
             raise ValueError("clip: one token is the whole clip, which can't be masked; give a smaller patch_size")
@@ -245,13 +287,84 @@ class RunConfig(_Section):
                 f"mask_ratio: {self.mask_ratio} keeps K = {k} of the N = {n} tokens of a clip visible, "
                 f"and K must be from 1 to {n - 1}; give a ratio from {least} to {most}"
             )
-        if floor_ is not None and floor_ > n:
-            raise ValueError(f"agent.entropy_floor: {floor_} is above the N = {n} tokens of a clip; give {n} or less")
-        try:
-            _check_divides(self.agent.n_steps * self.batch_size, self.agent.n_minibatches, "agent.n_steps * batch_size")
-        except ValueError as error:
-            raise ValueError(f"agent.n_minibatches: {error}") from None
+        if self.rounds > 1 and self.horizon > 1:
+            raise ValueError(f"horizon: {self.horizon} is given beside rounds = {self.rounds}; set one of them to 1")
+        checks: list[tuple[str, int, int, str]] = [("rounds", k, self.rounds, "the number of visible tokens K")]
+        if isinstance(self.agent, AgentConfig):
+            floor_, n_steps = self.agent.entropy_floor, self.agent.n_steps
+            if floor_ is not None and floor_ > n:
+                raise ValueError(
+                    f"agent.entropy_floor: {floor_} is above the N = {n} tokens of a clip; give {n} or less"
+                )
+            rollout = "agent.n_steps * batch_size"
+            checks += [
+                ("agent.n_steps", self.steps * self.rounds, n_steps, "steps * rounds"),
+                ("agent.n_minibatches", n_steps * self.batch_size, self.agent.n_minibatches, rollout),
+            ]
+        for key, whole, part, what in checks:
+            try:
+                _check_divides(whole, part, what)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
         return self
+
+
+class CompareConfig(_Section):
+    """A grid of runs, agents x mask ratios x seeds, that see the same clips in the same order."""
+
+    name: str = "compare"
+    """What the comparison's folder is called."""
+    out: str = "runs"
+    """Folder in which the comparison's own folder is made, or found again."""
+    processes: PositiveInt = 1
+    """Runs at a time, each a process."""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0, 1, 2]
+    """Of clips, masks and initial weights; the same for every agent."""
+    mask_ratios: Annotated[list[float], Field(min_length=1)] = [0.9]
+    """Shares of tokens that are hidden."""
+    run: dict[str, Any] = {}
+    """What all runs share, as in a run's own configuration."""
+    agents: dict[str, dict[str, Any]] = {"random": {"class": "random"}}
+    """Each agent's section under a name of its own; ``run`` inside holds what is different about its runs."""
+
+    @field_validator("name", "agents")
+    @classmethod
+    def _are_folders(cls, value: Any) -> Any:
+        for name in [value] if isinstance(value, str) else value:
+            _check_text("name", name)
+        return value
+
+    def runs(self, source: str) -> dict[tuple[str, float, int], RunConfig]:
+        """The grid's runs by (agent, mask ratio, seed), in the order in which they are started.
+
+        Raises:
+            ConfigError: one line for each problem found, with the agent that has it.
+        """
+        runs, problems = {}, []
+        for seed, ratio, name in product(self.seeds, self.mask_ratios, self.agents):
+            agent = dict(self.agents[name])
+            own = agent.pop("run", {})
+            values = deepcopy(self.run)
+            for key, value in own.items():
+                values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+            where = f"{source}: agents.{name}"
+            given = [key for key in ("name", "out", "seed", "mask_ratio", "agent") if key in values]
+            if given:
+                problems.append(f"{where}: run.{given[0]}: the grid itself says this; leave it out")
+                continue
+            fixed = {"name": f"{name}-{ratio:g}-{seed}", "seed": seed, "mask_ratio": ratio, "agent": agent}
+            fixed["out"] = (Path(self.out) / self.name / "cells").as_posix()
+            fixed["evaluate"] = {**values.get("evaluate", {}), "baseline": False}
+            try:
+                runs[name, ratio, seed] = parse_config(values | fixed, where)
+            except ConfigError as error:
+                problems += str(error).splitlines()
+        if problems:
+            raise ConfigError("\n".join(dict.fromkeys(problems)))
+        return runs
+
+
+_Schema = TypeVar("_Schema", RunConfig, CompareConfig)
 
 
 class _Loader(yaml.SafeLoader):
@@ -278,7 +391,7 @@ for _yaml in (_Loader, _Dumper):  # YAML 1.1, which PyYAML speaks, reads 1e-3 as
 
 
 def parse_config(values: Any, source: str) -> RunConfig:
-    """A configuration from nested dictionaries; what is left out takes its default.
+    """A run's configuration from nested dictionaries; what is left out takes its default.
 
     Args:
         values: as YAML gives them.
@@ -287,51 +400,66 @@ def parse_config(values: Any, source: str) -> RunConfig:
     Raises:
         ConfigError: one line for each problem found.
     """
+    return _parse(RunConfig, values, source)
+
+
+def _parse(schema: type[_Schema], values: Any, source: str) -> _Schema:
     if not isinstance(values, dict):
         held = "nothing" if values is None else kind_of(values)
         raise ConfigError(
             f"{source}: holds {held}; a configuration is a mapping of keys to values, such as 'steps: 600'"
         )
     try:
-        return RunConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            path = ".".join(str(part) for part in problem["loc"])
+            path = ".".join(str(part) for part in problem["loc"] if part not in ("<ppo>", "<other>"))
             text = explain(
                 problem["type"],
                 path,
                 problem["input"],
                 problem.get("ctx", {}),
                 problem["msg"],
-                RunConfig().model_dump(),
+                to_values(schema()),
             )
             lines.append(": ".join(part for part in (source, path, text) if part))
         raise ConfigError("\n".join(lines)) from None
 
 
-def packaged_configs() -> list[str]:
-    """Names of the configurations that come with the package."""
-    return sorted(item.name[:-5] for item in files("experiments").iterdir() if item.name.endswith(".yaml"))
+def packaged_configs(verb: str = "run") -> list[str]:
+    """Names of the configurations for ``tats run`` or, named ``compare...``, for ``tats compare`` that we ship."""
+    names = sorted(item.name[:-5] for item in files("experiments").iterdir() if item.name.endswith(".yaml"))
+    return [name for name in names if name.startswith("compare") == (verb == "compare")]
 
 
-def _read(path_or_name: str) -> str:
-    path = Path(path_or_name)
+def _read(path_or_name: str, verb: str) -> str:
+    path, packaged = Path(path_or_name), packaged_configs(verb)
     try:
         if path.is_file():
             return path.read_text(encoding="utf-8")
         stem = path.name.removesuffix(".yaml")
-        if stem in packaged_configs() and path.parent.as_posix() in (".", "experiments"):
+        if stem in packaged and path.parent.as_posix() in (".", "experiments"):
             return files("experiments").joinpath(f"{stem}.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path_or_name}: can't be read: {error}") from None
     if (path / "config.yaml").is_file():
         raise ConfigError(f"{path_or_name}: is a run's folder; give {path_or_name.rstrip('/')}/config.yaml")
-    near = did_you_mean(*close(stem, packaged_configs()))
+    near = did_you_mean(*close(stem, packaged))
     raise ConfigError(
-        f"{path_or_name}: no such file, nor a configuration that comes with the package "
-        f"({', '.join(packaged_configs())}){near}"
+        f"{path_or_name}: no such file, nor a configuration that comes with the package ({', '.join(packaged)}){near}"
     )
+
+
+def _read_yaml(path_or_name: str, verb: str) -> Any:
+    try:
+        return yaml.load(_read(path_or_name, verb), Loader=_Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path_or_name}: {where}{error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path_or_name}: is not YAML: {error}") from None
 
 
 def load_config(path_or_name: str, overrides: Sequence[str] = (), prog: str | None = None) -> RunConfig:
@@ -346,23 +474,64 @@ def load_config(path_or_name: str, overrides: Sequence[str] = (), prog: str | No
         ConfigError: one line for each problem found.
         SystemExit: by tyro, which has told the user: after ``--help``, or an option that is unknown or can't be read.
     """
-    try:
-        values = yaml.load(_read(path_or_name), Loader=_Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path_or_name}: {where}{error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path_or_name}: is not YAML: {error}") from None
-    config = parse_config(values, path_or_name)
+    config = parse_config(_read_yaml(path_or_name, "run"), path_or_name)
     return override_config(config, overrides, prog) if overrides else config
 
 
+def load_grid(path_or_name: str, overrides: Sequence[str] = ()) -> tuple[CompareConfig, float | None]:
+    """A comparison's grid from YAML with options on top, such as ``--run.steps 100``; and what ``--minutes`` says.
+
+    Raises:
+        ConfigError: one line for each problem found, in the grid or in any of its runs.
+    """
+    values = _read_yaml(path_or_name, "compare")
+    minutes: Any = None
+    args = list(overrides)
+    if args and not isinstance(values, dict):
+        _parse(CompareConfig, values, path_or_name)  # says what it is instead
+    while args:
+        option, equals, value = args.pop(0).partition("=")
+        if not option.startswith("--") or not (equals or args):
+            raise ConfigError(f"command line: {option}: give options as --KEY VALUE, such as --minutes 9")
+        value = value if equals else args.pop(0)
+        if option == "--minutes":
+            try:
+                minutes = float(value)
+            except ValueError:
+                raise ConfigError(f"command line: minutes: {value!r} is not a number of minutes") from None
+        else:
+            _set(values, option[2:], value)
+    grid = _parse(CompareConfig, values, path_or_name)
+    grid.runs(path_or_name)
+    return grid, minutes
+
+
+def compare_usage() -> str:
+    """What ``tats compare --help`` prints."""
+    lines = [
+        "usage: tats compare GRID [--minutes M] [--KEY VALUE ...]",
+        f"\n{CompareConfig.__doc__}\n",
+        f"GRID is a YAML file or one that comes with the package: {', '.join(packaged_configs('compare'))}.",
+        "Runs that are finished are not done again, so the same command goes on where the last one stopped.\n",
+        "  --minutes M      stop after that long; runs that would not fit are not started",
+    ]
+    for name, field in CompareConfig.model_fields.items():
+        lines.append(f"  --{name.replace('_', '-') + ' ...':14} {field.description}")
+    lines.append("\nValues are YAML, and paths go deeper: --seeds '[0, 1]' --run.steps 100 --agents.ppo.width 64")
+    return "\n".join(lines)
+
+
 def override_config(config: RunConfig, overrides: Sequence[str], prog: str | None = None) -> RunConfig:
-    """``config`` with options of the command line on top; arguments and errors as for ``load_config``."""
-    flags = {f"--{path}".replace("_", "-") for path, value in items(config.model_dump()) if isinstance(value, bool)}
+    """``config`` with options of the command line on top; arguments and errors as for ``load_config``.
+
+    ``--agent.class`` swaps the agent: settings of the one before are dropped.
+    """
+    agent, rest = _override_agent(config.agent, overrides)
+    if agent is not config.agent:
+        config = config.model_copy(update={"agent": agent})
+    flags = {f"--{path}".replace("_", "-") for path, value in items(to_values(config)) if isinstance(value, bool)}
     args: list[str] = []
-    for arg in overrides:  # tyro knows --mae.compile and --mae.no-compile only
+    for arg in rest:  # tyro knows --mae.compile and --mae.no-compile only
         option = args[-1].replace("_", "-") if args else ""
         if arg.lower() in ("true", "false") and option in flags:
             if arg.lower() == "false":
@@ -370,7 +539,58 @@ def override_config(config: RunConfig, overrides: Sequence[str], prog: str | Non
         else:
             args.append(arg)
     parsed: Any = tyro.cli(_plain(config), args=args, prog=prog, description=RunConfig.__doc__)
-    return parse_config(dataclasses.asdict(parsed), "command line")
+    values = dataclasses.asdict(parsed)
+    values["agent"] = values["agent"] | to_values(agent) if agent.class_ != "ppo" else values["agent"]
+    values["agent"]["class"] = values["agent"].pop("class_", agent.class_)
+    return parse_config(values, "command line")
+
+
+def _override_agent(
+    agent: AgentConfig | OtherAgentConfig, overrides: Sequence[str]
+) -> tuple[AgentConfig | OtherAgentConfig, list[str]]:
+    """The agent's section with its options on top, and the options left for tyro, which reads those of PPO."""
+    settings: list[tuple[str, str]] = []
+    rest: list[str] = []
+    args = list(overrides)
+    while args:
+        option, equals, value = (arg := args.pop(0)).partition("=")
+        key = option.removeprefix("--agent.")
+        is_class = option == "--agent.class"
+        if not is_class and (not option.startswith("--agent.") or _agent_class(agent, overrides) == "ppo"):
+            rest.append(arg)
+            continue
+        if not equals:
+            value = args.pop(0) if args and not args[0].startswith("--") else "true"
+        settings.append((key, value))
+    name = _agent_class(agent, overrides)
+    if name == "ppo":
+        return (agent if isinstance(agent, AgentConfig) else AgentConfig()), rest
+    values: dict[str, Any] = to_values(agent) if name == agent.class_ else {"class": name}
+    for key, value in settings:
+        _set(values, key, value)
+    return parse_config({"agent": values}, "command line").agent, rest
+
+
+def _set(values: dict[str, Any], path: str, text: str) -> None:
+    """Put a value as YAML reads it at a dotted path, in which ``-`` stands for ``_`` where there is no such key."""
+    group = values
+    *groups, last = path.split(".")
+    for part in groups:
+        group = group.setdefault(part if part in group else part.replace("-", "_"), {})
+        if not isinstance(group, dict):
+            raise ConfigError(f"command line: --{path}: {part} is not a mapping")
+    group[last if last in group else last.replace("-", "_")] = yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def _agent_class(agent: AgentConfig | OtherAgentConfig, overrides: Sequence[str]) -> str:
+    """The agent's class once the options have spoken."""
+    name = agent.class_
+    for arg, following in zip(overrides, [*overrides[1:], ""], strict=True):
+        if arg == "--agent.class":
+            name = following
+        elif arg.startswith("--agent.class="):
+            name = arg.partition("=")[2]
+    return name
 
 
 def _plain(section: BaseModel) -> type:
@@ -382,11 +602,17 @@ def _plain(section: BaseModel) -> type:
             plain = _plain(value)
             fields.append((name, plain, dataclasses.field(default_factory=plain)))
         else:
-            annotation = Annotated[field.annotation, tyro.conf.arg(help=field.description)]  # type: ignore[name-defined]
-            fields.append((name, annotation, dataclasses.field(default=value)))
+            kind = str if name == "class_" else field.annotation
+            argument = tyro.conf.arg(help=field.description, name=field.alias)
+            fields.append((name, Annotated[kind, argument], dataclasses.field(default=value)))  # type: ignore[valid-type]
     return dataclasses.make_dataclass(type(section).__name__, fields, namespace={"__doc__": type(section).__doc__})
 
 
-def dump_config(config: RunConfig) -> str:
+def to_values(section: BaseModel) -> dict[str, Any]:
+    """A section as nested dictionaries, with the keys that YAML has."""
+    return section.model_dump(by_alias=True)
+
+
+def dump_config(config: RunConfig | CompareConfig) -> str:
     """The whole configuration, defaults written out, as YAML that loads back to an equal one."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(to_values(config), Dumper=_Dumper, sort_keys=False)

@@ -33,18 +33,21 @@ def evaluate_sampler(agent: Agent, env: TATSMaskingVectorEnv, num_clips: int, se
     """
     was_training = env.mae.training
     env.mae.train(False)
-    own, uniform, shown, moving = [], [], [], []
+    own: list[Tensor] = []
+    uniform, shown, moving = [], [], []
     observation, _ = env.reset(seed=seed)
-    for _ in range(-(-num_clips // env.num_envs)):
+    while len(own) * env.num_envs < num_clips:
         scores, _ = agent.predict(observation)
-        observation, _, _, _, info = env.step(scores)
-        assert env.task.decision is not None
-        scored = info.get("final_info", info)
-        own.append(scored["reconstruction_error"])
-        uniform.append(env.task.decision.uniform_reconstruction.reconstruction_error)
-        if "foreground" in scored:
-            shown.append(scored["visible"])
-            moving.append(scored["foreground"])
+        observation, *_ = env.step(scores)
+        decision = env.task.decision
+        assert decision is not None
+        if not env.task.mask_complete:
+            continue
+        own.append(decision.reconstruction.reconstruction_error)
+        uniform.append(decision.uniform_reconstruction.reconstruction_error)
+        if decision.foreground is not None:
+            shown.append(decision.visible)
+            moving.append(decision.foreground)
     env.mae.train(was_training)
     return {
         "reconstruction_error": float(torch.cat(own).mean()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import time
@@ -11,22 +12,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
 
-from agents.heuristics import RandomMask
+from agents import AGENTS
+from agents.base import resolve_agent
 from agents.hooks import LogHook, MAEUpdateHook
 from agents.ppo import PPO, SETTINGS
-from experiments.config import ConfigError, RunConfig, dump_config
+from experiments.config import AgentConfig, ConfigError, OtherAgentConfig, RunConfig, dump_config
 from experiments.evaluation import evaluate_sampler, linear_probe, table_row
 from experiments.progress import RunProgress
+from experiments.refusals import close, did_you_mean
 from tats_env.data import VideoSet, open_dataset, write_bad_videos
 from tats_env.grid import TokenGrid
 from tats_env.mae import MAELearner, save_learner
 from tats_env.mae.learner import resolve_device
 from tats_env.rendering import animation, decision_rows, strip
 from tats_env.rewards import resolve_reward
+from tats_env.sequential import TATSMaskingSequentialVectorEnv
 from tats_env.vector_env import TATSMaskingVectorEnv
 
 Results = dict[str, dict[str, float | None]]
@@ -41,6 +46,8 @@ COLUMNS = {
 EVALUATION_SEED = 1 << 40
 """The same for all runs, so that all samplers are compared on the same validation clips."""
 EXAMPLES = 4
+LOCK = ".lock"
+"""Held in a run's folder for as long as its process lives."""
 
 
 class Run:
@@ -61,9 +68,16 @@ class Run:
                 resolve(getattr(config, key))
             except ValueError as error:
                 raise ConfigError(f"{key}: {error}") from error
+        sections: list[AgentConfig | OtherAgentConfig] = [config.agent]
+        if config.evaluate.baseline and config.agent.class_ != "random":
+            sections.append(OtherAgentConfig(**{"class": "random"}))
+        self.makers = {section.class_: agent_maker(section) for section in sections}
         self.train_set = self._open("train", config.num_videos)
         self.test_set = self._open("validation", config.evaluate.num_videos)
+        self._first = self._make(config.agent.class_)
         self.folder = new_folder(Path(config.out), config.name)
+        self.lock = FileLock(self.folder / LOCK)
+        self.lock.acquire(blocking=False)
         (self.folder / "config.yaml").write_text(dump_config(config))
         write_bad_videos(self.folder, self.train_set, self.test_set)
 
@@ -80,23 +94,23 @@ class Run:
             progress=True,
         )
 
-    def _env(self, videos: VideoSet, mae: MAELearner, num_envs: int) -> TATSMaskingVectorEnv:
-        clip = self.config.clip
-        return TATSMaskingVectorEnv(
-            num_envs,
-            output="torch",
-            dataset=videos,
-            mask_ratio=self.config.mask_ratio,
-            num_frames=clip.num_frames,
-            frame_stride=clip.frame_stride,
-            size=clip.size,
-            tubelet_size=clip.tubelet_size,
-            patch_size=clip.patch_size,
-            mae=mae,
-            reward=self.config.reward,
-            horizon=self.config.horizon,
-            foreground=videos.has_foreground,
-        )
+    def _env(self, videos: VideoSet, mae: MAELearner, num_envs: int, observation: str) -> TATSMaskingVectorEnv:
+        config, clip = self.config, self.config.clip
+        options: dict[str, Any] = {
+            "dataset": videos,
+            "mask_ratio": config.mask_ratio,
+            "num_frames": clip.num_frames,
+            "frame_stride": clip.frame_stride,
+            "size": clip.size,
+            "tubelet_size": clip.tubelet_size,
+            "patch_size": clip.patch_size,
+            "mae": mae,
+            "observation": observation,
+            "foreground": videos.has_foreground,
+        }
+        if config.rounds > 1:
+            return TATSMaskingSequentialVectorEnv(num_envs, output="torch", rounds=config.rounds, **options)
+        return TATSMaskingVectorEnv(num_envs, output="torch", reward=config.reward, horizon=config.horizon, **options)
 
     def _learner(self) -> MAELearner:
         config, clip = self.config, self.config.clip
@@ -114,65 +128,56 @@ class Run:
             compile=config.mae.compile,
         )
 
-    def _agent(self, name: str, env: TATSMaskingVectorEnv) -> PPO | RandomMask:
-        if name == "random":
-            return RandomMask(env, seed=self.config.seed)
-        agent = self.config.agent
-        policy = {"width": agent.width, "num_heads": agent.num_heads, "depth": agent.depth}
-        return PPO(
-            env,
-            policy_kwargs=policy | {"logit_cap": agent.logit_cap},
-            seed=self.config.seed,
-            **{name: getattr(agent, name) for name in SETTINGS},
-        )
+    def _make(self, name: str) -> tuple[MAELearner, Any]:
+        """An MAE, and the agent of that name in an environment around it."""
+        make, settings = self.makers[name]
+        mae = self._learner()
+        try:
+            env = self._env(self.train_set, mae, self.config.batch_size, getattr(make, "observation", "tokens"))
+            return mae, make(env, seed=self.config.seed, **settings)
+        except (TypeError, ValueError) as error:
+            if name not in AGENTS or isinstance(error, ValueError):
+                raise ConfigError(f"agent ({name}): {error}") from error
+            raise
 
     def train(self, name: str, progress: RunProgress) -> None:
-        """Train the sampler of that name with an MAE of its own, and evaluate both."""
-        config, folder = self.config, self.folder if name == "ppo" else self.folder / name
+        """Train the agent of that name with an MAE of its own, and evaluate both."""
+        config, main = self.config, name == self.config.agent.class_
+        folder = self.folder if main else self.folder / name
         folder.mkdir(exist_ok=True)
-        mae = self._learner()
-        env = self._env(self.train_set, mae, config.batch_size)
-        agent = self._agent(name, env)
+        mae, agent = self._first if main else self._make(name)
         logger = Logger(
             str(folder),
             [CSVOutputFormat(str(folder / "metrics.csv")), TensorBoardOutputFormat(str(folder)), progress],
         )
         progress.start(name)
-        # The display counts first: should the MAE's update or a log line raise, it tells the step that did.
-        hooks = [progress, MAEUpdateHook(config.mae.update_every), LogHook(logger, config.log_interval)]
+        # The display counts first: should the MAE's update or a log line raise, it tells the step that did. The MAE
+        # learns from complete masks only.
+        update = MAEUpdateHook(config.mae.update_every * config.rounds)
+        hooks = [progress, update, LogHook(logger, config.log_interval * config.rounds)]
         start = time.perf_counter()
+        path = folder / f"policy{getattr(agent, 'suffix', '')}"
         try:
-            agent.learn(config.steps * config.batch_size, hooks)
+            agent.learn(config.steps * config.rounds * config.batch_size, hooks)
         finally:
             seconds = (time.perf_counter() - start) / config.steps
             save_learner(mae, folder / "mae.safetensors")
-            agent.save(folder / ("policy.safetensors" if isinstance(agent, PPO) else "policy.json"))
+            agent.save(path)
             for output in logger.output_formats[:2]:
                 output.close()
-        test_env = self._env(self.test_set, mae, min(64, config.evaluate.clips))
+        clips = min(64, config.evaluate.clips)
+        observation = getattr(agent, "observation", "tokens")
+        test_env = self._env(self.test_set, mae, clips, observation)
+        # What is judged is what was saved.
         self.results[name] = {
-            **evaluate_sampler(agent, test_env, config.evaluate.clips, EVALUATION_SEED),
+            **evaluate_sampler(type(agent).load(path, test_env), test_env, config.evaluate.clips, EVALUATION_SEED),
             "probe_top1": linear_probe(mae, self.train_set, self.test_set) if config.evaluate.probe else None,
             "seconds_per_step": seconds,
+            "mae_updates": mae.num_updates,
         }
-        self._draw(agent, mae, folder)
-
-    def _draw(self, agent: PPO | RandomMask, mae: MAELearner, folder: Path) -> None:
-        """Write masks.png and masks.gif of a few validation clips."""
-        from PIL import Image
-
-        env = self._env(self.test_set, mae, EXAMPLES)
-        mae.train(False)
-        observation, _ = env.reset(seed=EVALUATION_SEED)
-        env.step(agent.predict(observation)[0])
-        with torch.no_grad():
-            heat = agent.policy(observation)[0] if isinstance(agent, PPO) else [None] * EXAMPLES
-        examples = [decision_rows(env.task, i, heat[i]) for i in range(EXAMPLES)]
-        Image.fromarray(np.concatenate([strip(rows, env.task.grid) for rows in examples[:2]])).save(
-            folder / "masks.png"
-        )
-        frames = [Image.fromarray(frame).quantize(128) for frame in animation(examples)]
-        frames[0].save(folder / "masks.gif", save_all=True, append_images=frames[1:], duration=125, loop=0)
+        if config.evaluate.pictures:
+            env = self._env(self.test_set, mae, EXAMPLES, observation)
+            draw(type(agent).load(path, env), env, folder)
 
     def write_summary(self, **more: Any) -> None:
         """Write summary.json: each sampler's figures under its name, seconds and versions; and the bad videos anew."""
@@ -199,6 +204,49 @@ class Run:
         return table
 
 
+def agent_maker(section: AgentConfig | OtherAgentConfig) -> tuple[Any, dict[str, Any]]:
+    """The agent's class, and the settings that its constructor takes besides the environment and the seed.
+
+    Raises:
+        ConfigError: if there is no such class, or it takes no such setting.
+    """
+    if isinstance(section, AgentConfig):
+        policy = {name: getattr(section, name) for name in ("width", "num_heads", "depth", "logit_cap")}
+        return PPO, {"policy_kwargs": policy, **{name: getattr(section, name) for name in SETTINGS}}
+    try:
+        found = resolve_agent(section.class_)
+    except ValueError as error:
+        raise ConfigError(f"agent.class: {error}") from error
+    settings = dict(section.model_extra or {})
+    taken = inspect.signature(found).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        names = [name for name in taken if name not in ("env", "seed")]
+        for name in settings:
+            if name not in names:
+                known = f"{section.class_} takes {', '.join(names) or 'no settings'}"
+                raise ConfigError(f"agent.{name}: unknown key; {known}{did_you_mean(*close(name, names))}")
+    return found, settings
+
+
+def draw(agent: Any, env: TATSMaskingVectorEnv, folder: Path) -> None:
+    """Write masks.png and masks.gif of what the agent does with an environment of a few clips."""
+    from PIL import Image
+
+    env.mae.train(False)
+    following, _ = env.reset(seed=EVALUATION_SEED)
+    complete = False
+    while not complete:
+        observation = following
+        following, *_ = env.step(agent.predict(observation)[0])
+        complete = env.task.mask_complete
+    with torch.no_grad():
+        heat = agent.logits(observation) if hasattr(agent, "logits") else [None] * env.num_envs
+    examples = [decision_rows(env.task, i, heat[i]) for i in range(env.num_envs)]
+    Image.fromarray(np.concatenate([strip(rows, env.task.grid) for rows in examples[:2]])).save(folder / "masks.png")
+    frames = [Image.fromarray(frame).quantize(128) for frame in animation(examples)]
+    frames[0].save(folder / "masks.gif", save_all=True, append_images=frames[1:], duration=125, loop=0)
+
+
 def new_folder(out: Path, name: str) -> Path:
     """Make ``out/name``, or ``out/name-2`` and so on where there is a run already."""
     for number in range(1, 10_000):
@@ -216,10 +264,9 @@ def run(config: RunConfig) -> int:
     console = Console()
     this = Run(config, console)
     console.print(f"Run folder: {this.folder}", soft_wrap=True)
-    names = ["ppo", "random"] if config.evaluate.baseline else ["ppo"]
-    progress = RunProgress(console, config.steps * len(names))
+    progress = RunProgress(console, config.steps * config.rounds * len(this.makers))
     try:
-        for name in names:
+        for name in this.makers:
             this.train(name, progress)
     except KeyboardInterrupt:
         progress.close()
@@ -230,5 +277,8 @@ def run(config: RunConfig) -> int:
         progress.close()
     this.write_summary()
     console.print(this.table())
-    console.print(f"Written to {this.folder}: summary.json, metrics.csv, masks.png, masks.gif ...", soft_wrap=True)
+    written = sorted(
+        path.name for path in this.folder.iterdir() if path.is_file() and path.suffix and "tfevents" not in path.name
+    )
+    console.print(f"Written to {this.folder}: {', '.join(written)}", soft_wrap=True)
     return 0

@@ -1,6 +1,7 @@
-"""Token masking for video masked autoencoders as the Gymnasium environment ``TATSMasking-v0``.
+"""Token masking for video masked autoencoders as Gymnasium environments.
 
-Importing the package registers the environment; torch is loaded only when one is made.
+``TATSMasking-v0`` decides on a mask at once, ``TATSMaskingSequential-v0`` in rounds. Importing the package registers
+them; torch is loaded only when one is made.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -16,4 +17,9 @@ register(
     id="TATSMasking-v0",
     entry_point="tats_env.env:TATSMaskingEnv",
     vector_entry_point="tats_env.vector_env:TATSMaskingVectorEnv",
+)
+register(
+    id="TATSMaskingSequential-v0",
+    entry_point="tats_env.sequential:TATSMaskingSequentialEnv",
+    vector_entry_point="tats_env.sequential:TATSMaskingSequentialVectorEnv",
 )

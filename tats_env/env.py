@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,7 @@ from typing_extensions import Unpack
 
 from tats_env.mae import MAELearner
 from tats_env.rendering import render_task
-from tats_env.task import MaskingTask, TaskOptions
+from tats_env.task import EnvOptions, MaskingTask
 
 
 class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
@@ -21,7 +22,8 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     A video masked autoencoder (MAE) learns by reconstructing the hidden space-time tokens of a clip. Here the agent
     decides which few tokens stay visible, and the MAE, which may be trained at the same time, says how that went.
     One step is one decision about one clip: a contextual bandit by default, a walk through consecutive clips of one
-    video with `horizon > 1`. Actions never change observations, so the discount that fits is 0.
+    video with `horizon > 1`. Actions never change observations, so the discount that fits is 0. In
+    `TATSMaskingSequential-v0` they do: there the mask is chosen in rounds.
 
     Sources: Rai et al., "Reinforcement Learning meets Masked Video Modeling", ICCVW 2025; Tong et al., "VideoMAE",
     NeurIPS 2022.
@@ -103,10 +105,11 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     """  # noqa: E501
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}  # noqa: RUF012 (Gymnasium's own form)
+    task_class: ClassVar[Callable[..., MaskingTask]] = MaskingTask
 
-    def __init__(self, render_mode: str | None = None, **options: Unpack[TaskOptions]) -> None:
+    def __init__(self, render_mode: str | None = None, **options: Unpack[EnvOptions]) -> None:
         self.render_mode = render_mode
-        self.task = MaskingTask(1, **options)
+        self.task = self.task_class(1, **options)
         self.observation_space = self.task.observation_space
         self.action_space = self.task.action_space
         self._seeded = False
@@ -130,7 +133,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
         return self._observation.copy(), self._identity()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Keep the K highest of the N scores visible, reconstruct the rest, and go on to the next clip."""
+        """Keep the K highest of the N scores visible, reconstruct the rest, and go on to the next decision."""
         action = np.array(action, dtype=np.float32)  # a copy, for torch wants no reversed or read-only memory
         self.task.check_shape(action, (self.task.grid.num_tokens,))
         if np.isnan(action).any():
@@ -140,7 +143,8 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
         info["reconstruction_error"] = float(info["reconstruction_error"])
         terminated = self.task.episode_ends
         if not terminated:
-            self.task.next_clip()
+            self.task.advance()
+        if not terminated or self.task.observes_actions:
             self._observation = self.task.observe()[0].cpu().numpy()
         return self._observation.copy(), float(reward), terminated, False, {**info, **self._identity()}
 

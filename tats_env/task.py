@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +24,7 @@ _CLIP, _TIES, _UNIFORM = 1, 2, 3  # what a random number is for
 
 
 class TaskOptions(TypedDict, total=False):
-    """Keyword arguments of both environments; ``TATSMaskingEnv`` documents them."""
+    """Keyword arguments of the one-shot task; ``TATSMaskingEnv`` documents them."""
 
     dataset: str | VideoSet
     split: str
@@ -42,6 +42,12 @@ class TaskOptions(TypedDict, total=False):
     horizon: int
     foreground: bool
     device: str | torch.device
+
+
+class EnvOptions(TaskOptions, total=False):
+    """With what ``TATSMaskingSequential-v0`` alone takes."""
+
+    rounds: int
 
 
 def keyed_bits(key: Tensor, *salt: int | Tensor) -> Tensor:
@@ -77,8 +83,11 @@ def top_tokens(scores: Tensor, k: int, tie_order: Tensor) -> Tensor:
 class MaskingTask:
     """B parallel masking tasks on one device; ``TATSMaskingEnv`` documents the keyword arguments.
 
-    Randomness is keyed by (seed of the environment, episode, clip of the episode, purpose) alone.
+    Randomness is keyed by (seed of the environment, episode, decision of the episode, purpose) alone.
     """
+
+    observes_actions: ClassVar[bool] = False
+    """Whether the observation tells what an action made visible."""
 
     def __init__(
         self,
@@ -109,6 +118,7 @@ class MaskingTask:
             # A worker forked from a parent that has used torch would wait for ever for the parent's OpenMP threads.
             torch.set_num_threads(1)
         self.num_envs, self.horizon, self.observation = num_envs, horizon, observation
+        self.num_clips = horizon  # in an episode, which has `horizon` decisions
         self.grid = TokenGrid(num_frames, size, size, tubelet_size, patch_size)
         self.num_visible = token_budget(self.grid.num_tokens, mask_ratio)
         self.num_picks = self.num_visible  # tokens that one action chooses
@@ -137,6 +147,7 @@ class MaskingTask:
         self.decision: Decision | None = None
         # Tokens of the present clips that are visible before the action speaks, indices [B, .]: none
         self.shown = torch.empty(num_envs, 0, dtype=torch.int64, device=self.device)
+        self.mask_complete = True  # whether the last decision left all K tokens of its clips visible
         self.always_probe = False  # make the decision's pass under uniform masks in ``step``, before any update
 
     def _resolve_mae(self, mae: str | Path | MAELearner, seed: int, device: str | torch.device) -> MAELearner:
@@ -172,7 +183,7 @@ class MaskingTask:
         bits = keyed_bits(self._key(episode, 0, _CLIP)[:, None], torch.arange(2)).numpy() & ((1 << 62) - 1)
         video = bits[:, 0] % len(self.videos)
         span = self.videos.clip_span
-        room = np.maximum(self.videos.lengths[video] - self.horizon * span, 0) + 1
+        room = np.maximum(self.videos.lengths[video] - self.num_clips * span, 0) + 1
         return video, bits[:, 1] % room + position * span
 
     def begin_episode(self) -> None:
@@ -180,25 +191,21 @@ class MaskingTask:
         self.episode, self.position = self.episode + 1, 0
         self._load()
 
-    def next_clip(self) -> None:
-        """Go on to the next clip of the episode."""
+    def advance(self) -> None:
+        """Go on to the next decision of the episode, which is about the next clip."""
         self.position += 1
         self._load()
 
     @property
     def episode_ends(self) -> bool:
-        """Whether the decision on the present clip is the episode's last."""
+        """Whether the present decision is the episode's last."""
         return self.position + 1 == self.horizon
-
-    @property
-    def mask_complete(self) -> bool:
-        """Whether the last decision left all K tokens of its clips visible."""
-        return True
 
     def _load(self) -> None:
         self.video_index, self.start_frame = self._choose(self.episode, self.position)
         self.clips = self.videos.clips(self.video_index, self.start_frame, self.device)
-        following = (self.episode + 1, 0) if self.episode_ends else (self.episode, self.position + 1)
+        last = self.position + 1 == self.num_clips
+        following = (self.episode + 1, 0) if last else (self.episode, self.position + 1)
         self.videos.prefetch(*self._choose(*following))
 
     @torch.no_grad()
@@ -222,10 +229,19 @@ class MaskingTask:
 
         ``self.decision`` then holds what came of it. A NaN ranks as a score of 0; the faces report it.
         """
-        n = self.grid.num_tokens
-        visible = top_tokens(scores.nan_to_num(0.0), self.num_visible, self._order(_TIES))
+        return self._show(self._pick(scores))
+
+    def _pick(self, scores: Tensor) -> Tensor:
+        """Indices [B, num_picks], ascending, of the highest scores [B, N] among the tokens not shown yet."""
+        open_scores = scores.nan_to_num(0.0).scatter(1, self.shown, -torch.inf)
+        return top_tokens(open_scores, self.num_picks, self._order(_TIES))
+
+    def _show(self, visible: Tensor) -> Tensor:
+        """Reconstruct the present clips from the visible tokens, indices [B, .], ascending; returns the reward [B]."""
         reconstruction = self.mae.reconstruct(self.clips, visible)
-        shown = visible_mask(visible, n)
+        if not self.observes_actions:
+            reconstruction = reconstruction._replace(prediction=torch.empty(0))  # nobody looks: let go of its memory
+        shown = visible_mask(visible, self.grid.num_tokens)
         self.decision = Decision(self.mae, self.clips, shown, reconstruction, self._uniform_visible())
         if self.with_foreground:
             self.decision.foreground = self.foreground()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from tats_env.mae import MAELearner
 from tats_env.rendering import render_task
-from tats_env.task import MaskingTask, TaskOptions
+from tats_env.task import EnvOptions, MaskingTask
 
 Array = Any  # numpy.ndarray or torch.Tensor, as `output` says
 
@@ -53,6 +53,7 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         "render_fps": 2,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
+    task_class: ClassVar[Callable[..., MaskingTask]] = MaskingTask
 
     def __init__(
         self,
@@ -60,14 +61,14 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         *,
         output: str = "numpy",
         render_mode: str | None = None,
-        **options: Unpack[TaskOptions],
+        **options: Unpack[EnvOptions],
     ) -> None:
         if output not in ("numpy", "torch"):
             raise ValueError(f"output {output!r} is unknown; give numpy or torch")
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}: give at least 1")
         self.num_envs, self.output, self.render_mode = num_envs, output, render_mode
-        self.task = MaskingTask(num_envs, **options)
+        self.task = self.task_class(num_envs, **options)
         self.single_observation_space: gym.Space[Any] = self.task.observation_space
         self.single_action_space: gym.Space[Any] = self.task.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -99,7 +100,7 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         return self._own(self._observation), self._out(self.task.identity_info())
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Keep the K highest scores of each row of ``actions`` [B, N] visible, and go on to the next clips."""
+        """Keep the K highest scores of each row of ``actions`` [B, N] visible, and go on to the next decision."""
         if not self._seeded:
             raise ResetNeeded("call reset() before step()")
         if not isinstance(actions, Tensor):
@@ -114,12 +115,14 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         ended = self.task.episode_ends
         terminated = torch.full((self.num_envs,), ended, device=self.task.device)
         if ended:
+            if self.task.observes_actions:
+                self._observation = self._out(self.task.observe())
             final_info = {**info, **self._out(self.task.identity_info())}
             info |= {"final_obs": self._observation, "final_info": final_info}
             info["_final_obs"], info["_final_info"] = self._out(terminated), self._out(terminated.clone())
             self.task.begin_episode()
         else:
-            self.task.next_clip()
+            self.task.advance()
         info |= self._out(self.task.identity_info())
         self._observation = self._out(self.task.observe())
         flags = self._out(terminated.clone()), self._out(torch.zeros_like(terminated))

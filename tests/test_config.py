@@ -28,6 +28,7 @@ from experiments.config import (
     load_config,
     packaged_configs,
     parse_config,
+    to_values,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -259,7 +260,7 @@ def test_a_packaged_configuration_spells_out_every_setting_and_begins_with_its_c
     text = (ROOT / "experiments" / f"{name}.yaml").read_text(encoding="utf-8")
     config = load_config(name)
     assert config.name == name
-    assert leaves(yaml.safe_load(text)) == leaves(config.model_dump())
+    assert leaves(yaml.safe_load(text)) == leaves(to_values(config))
     command = re.search(rf"^#   tats run {name}$", text.split("\n\n")[0], re.MULTILINE)
     overrides = re.findall(rf"^#   tats run {name} (--.+)$", text, re.MULTILINE)
     assert command and overrides
@@ -284,7 +285,7 @@ def test_a_packaged_configuration_spells_out_every_setting_and_begins_with_its_c
 def test_what_is_dumped_loads_back_equal(tmp_path: Path, config: RunConfig) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(str(tmp_path / "config.yaml")) == config
-    assert leaves(yaml.safe_load(dump_config(config))) == leaves(config.model_dump())
+    assert leaves(yaml.safe_load(dump_config(config))) == leaves(to_values(config))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_help_shows_every_setting_with_its_docstring_and_value(
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert ("(default: 0.85)" in said) == bool(config)
-    for path in leaves(RunConfig().model_dump()):
+    for path in leaves(to_values(RunConfig())):
         assert f"--{path.replace('_', '-')}" in said
     words = " ".join(re.sub("[│╭╮╰╯─]", " ", said).split())
     assert f"usage: tats run {config[0] if config else 'CONFIG'} " in words

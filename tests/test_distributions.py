@@ -277,6 +277,102 @@ def test_no_tensor_grows_with_k_times_n() -> None:
     assert batch * n <= seen.numel < 2 * batch * n
 
 
+AVAILABLE = torch.tensor([True, False, True, True, False, True])
+
+
+def available_draws(logits: Tensor, k: int, explore: float) -> dict[tuple[int, ...], float]:
+    """Every ordered draw of k of the ``AVAILABLE`` tokens and its probability, by their share of p over all tokens."""
+    index = AVAILABLE.nonzero()[:, 0]
+    table = draw_probabilities(mixed(logits, explore)[index], k)
+    return {tuple(index[list(draw)].tolist()): probability for draw, probability in table.items()}
+
+
+@pytest.mark.parametrize("explore", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_only_available_tokens_are_drawn_and_their_probabilities_are_the_literal_ones(k: int, explore: float) -> None:
+    logits = some_logits(6, seed=9).requires_grad_()
+    table = available_draws(logits.detach(), k, explore)
+    picks, exact = torch.tensor(list(table)), torch.tensor(list(table.values()), dtype=torch.float64)
+    dist = PlackettLuce(logits.expand(len(table), 6), k, explore, AVAILABLE)
+    torch.testing.assert_close(dist.log_prob(picks).exp(), exact, rtol=1e-12, atol=0)
+    assert (exact * dist.entropy(picks)).sum().item() == pytest.approx(-(exact * exact.log()).sum().item(), abs=1e-12)
+    first = (mixed(logits, explore) * AVAILABLE).detach()
+    torch.testing.assert_close(dist.log_p[0].exp(), first / first.sum())
+    assert tuple(dist.mode()[0].tolist()) == max(table, key=lambda draw: table[draw]) or explore == 1
+    assert AVAILABLE[dist.mode()].all()
+
+    draws = PlackettLuce(logits.expand(30_000, 6), k, explore, AVAILABLE).sample(torch.Generator().manual_seed(0))
+    place = 6 ** torch.arange(k)
+    counts = torch.bincount((draws * place).sum(1), minlength=6**k)[(picks * place).sum(1)]
+    assert counts.sum() == 30_000, "a draw holds a token that was not available, or one twice"
+    assert chisquare(counts.numpy(), exact.numpy() * 30_000).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("explore", [0.0, 0.3])
+def test_gradients_with_tokens_left_out_match_autograd_through_the_literal_form(explore: float) -> None:
+    logits = some_logits(6, seed=10).requires_grad_()
+    picks = torch.tensor([3, 0, 5, 2])
+    dist = PlackettLuce(logits, 4, explore, AVAILABLE)
+    p = mixed(logits, explore) * AVAILABLE
+    left = [p.sum() - p[picks[:j]].sum() for j in range(4)]
+    exact = torch.stack([p[pick].log() - total.log() for pick, total in zip(picks, left, strict=True)])
+    first = (p / p.sum())[AVAILABLE]
+    for ours, literally in (
+        (dist.log_prob(picks), exact.sum()),
+        (dist.effective_tokens().log(), -(first * first.log()).sum()),
+    ):
+        torch.testing.assert_close(ours, literally, rtol=1e-12, atol=1e-12)
+        grads = [torch.autograd.grad(y, logits, retain_graph=True)[0] for y in (ours, literally)]
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("explore", [0.0, 0.5])
+def test_a_draw_in_rounds_with_the_same_logits_is_one_draw(explore: float) -> None:
+    logits = some_logits(40, seed=11)
+    whole = PlackettLuce(logits, 12, explore)
+    picks = whole.sample(torch.Generator().manual_seed(1))
+    available, log_probs, entropies = torch.ones(40, dtype=torch.bool), [], []
+    for part in picks.split(4):
+        dist = PlackettLuce(logits, 4, explore, available)
+        log_probs.append(dist.pick_log_prob(part))
+        entropies.append(dist.pick_entropy(part))
+        available = available.index_fill(0, part, False)
+    torch.testing.assert_close(torch.cat(log_probs), whole.pick_log_prob(picks), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat(entropies), whole.pick_entropy(picks), rtol=1e-12, atol=1e-12)
+
+
+def test_an_order_of_all_tokens_holds_a_draw_among_the_available_ones() -> None:
+    # Luce's axiom, by which agents that know of no rounds may send the environment an order of all tokens
+    logits, draws = some_logits(6, seed=12), 30_000
+    table = available_draws(logits, 2, 0.3)
+    order = PlackettLuce(logits.expand(draws, 6), 6, 0.3).sample(torch.Generator().manual_seed(0))
+    first = order[AVAILABLE[order]].view(draws, 4)[:, :2]
+    counts = torch.bincount((first * torch.tensor([1, 6])).sum(1), minlength=36)
+    observed = [counts[a + 6 * b].item() for a, b in table]
+    assert chisquare(observed, np.array(list(table.values())) * draws).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("spread", [20.0, 1e6, 1e20])
+@pytest.mark.parametrize("explore", [0.0, 0.5])
+@pytest.mark.parametrize("best_left_out", [False, True])
+def test_tokens_left_out_keep_far_apart_logits_exact_and_finite(
+    spread: float, explore: float, best_left_out: bool
+) -> None:
+    logits = torch.linspace(-spread, spread, 30).requires_grad_()
+    available = torch.arange(30) < 20 if best_left_out else torch.arange(30) >= 10
+    picks = available.nonzero()[:, 0]
+    dist = PlackettLuce(logits, 20, explore, available)
+    assert available[dist.sample(torch.Generator().manual_seed(0))].all()
+    if not explore and spread <= 1e6:  # without mixing, what is left out might as well not be there
+        log_prob, entropy = literal(logits.detach()[available], torch.arange(20))
+        for ours, exact in ((dist.pick_log_prob(picks), log_prob), (dist.pick_entropy(picks), entropy)):
+            assert ((ours - exact).abs() / exact.abs().clamp_min(1)).max() <= 2e-7
+    for value in (dist.log_prob(picks), dist.entropy(picks), dist.effective_tokens()):
+        assert value.isfinite()
+        (grad,) = torch.autograd.grad(value, logits, retain_graph=True)
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 1), (5, 5), (1568, 78), (1568, 1568)])
 def test_the_top_k_of_picks_to_scores_are_the_picks_in_order(n: int, k: int) -> None:
     picks = PlackettLuce(some_logits(n).expand(3, n), k).sample(torch.Generator().manual_seed(0))

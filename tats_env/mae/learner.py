@@ -27,6 +27,8 @@ class Reconstruction(NamedTuple):
     """[B, N] error of the change within the tubelet, in squared units of pixels in [0, 1]."""
     reconstruction_error: Tensor
     """[B] mean of ``token_error`` over the hidden tokens."""
+    prediction: Tensor = torch.empty(0)
+    """[B, N - K, P] predicted pixels of the hidden tokens, ascending, normalised as for ``token_error``."""
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -208,7 +210,10 @@ class MAELearner:
 
         with torch.no_grad():
             motion = motion_errors(prediction, target, variance, self.grid.tubelet_size)
-            result = Reconstruction(spread(hidden_error.detach()), spread(motion), hidden_error.detach().mean(1))
+            result = Reconstruction(
+                spread(hidden_error.detach()), spread(motion), hidden_error.detach().mean(1),
+                prediction.detach().flatten(2),
+            )  # fmt: skip
         return hidden_error.mean(), result
 
     def reconstruct(self, clips: Tensor, visible: Tensor) -> Reconstruction:

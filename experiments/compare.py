@@ -1,0 +1,359 @@
+"""``tats compare``: a grid of runs as processes, resumable, and what it says with means, spread and intervals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from scipy.stats import bootstrap
+
+from experiments.config import CompareConfig, ConfigError, RunConfig, dump_config, load_config
+from experiments.run import LOCK
+
+Cell = tuple[str, float, int]
+"""Agent, mask ratio, seed."""
+METRICS = {
+    "random_mask_error": "error, random masks",
+    "reconstruction_error": "error, own masks",
+    "motion_lift": "motion lift",
+    "probe_top1": "probe top-1",
+    "seconds_per_step": "s/step",
+}
+CURVE = "mask/random_mask_error"
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+POLL_SECONDS = 0.3
+WIDTH = 140
+"""Columns where there is no terminal that has a width of its own."""
+_START = "import sys; sys.path.pop(0); from experiments.cli import main; raise SystemExit(main())"
+
+
+class Comparison:
+    """A grid's folder, and the runs in it.
+
+    Args:
+        config: the grid.
+        console: where to tell of it.
+
+    Raises:
+        ConfigError: if the folder holds runs of another configuration, or another process is at work in it.
+    """
+
+    def __init__(self, config: CompareConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.runs = config.runs(config.name)
+        self.folder = Path(config.out) / config.name
+        self.cells = self.folder / "cells"
+        self.cells.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / LOCK)
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(f"{self.folder}: another tats compare is at work here; wait, or give --name") from None
+        for run in self.runs.values():
+            found = self._path(run) / "config.yaml"
+            if self.finished(run) and load_config(str(found)) != run:
+                raise ConfigError(
+                    f"{self.folder}: holds runs of another configuration ({found} differs from the grid); "
+                    "give --name for a new comparison, or delete that folder"
+                )
+        (self.folder / "config.yaml").write_text(dump_config(config))
+
+    def _path(self, run: RunConfig) -> Path:
+        return self.cells / run.name
+
+    def finished(self, run: RunConfig) -> bool:
+        """Whether the run came to its end."""
+        summary = self._path(run) / "summary.json"
+        return summary.is_file() and "interrupted" not in json.loads(summary.read_text())
+
+    def carry_out(self, minutes: float | None) -> list[Cell]:
+        """Run what is not finished, several at a time, and return the cells that failed.
+
+        Args:
+            minutes: start no run that is not likely to fit, and stop what is still running after that long.
+        """
+        deadline = time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
+        waiting = [cell for cell, run in self.runs.items() if not self.finished(run)]
+        running: dict[Cell, subprocess.Popen[bytes]] = {}
+        failed: list[Cell] = []
+        display = _Display(self.console, len(self.runs), len(self.runs) - len(waiting))
+        try:
+            while waiting or running:
+                now = time.monotonic()
+                while waiting and len(running) < self.config.processes and now + self._seconds(waiting[0]) <= deadline:
+                    cell = waiting.pop(0)
+                    running[cell] = self._start(cell)
+                if now > deadline or not running:
+                    break
+                for cell, process in list(running.items()):
+                    display.show(cell, self._clips_seen(cell), self._clips(cell))
+                    if process.poll() is None:
+                        continue
+                    del running[cell]
+                    ended = self.finished(self.runs[cell])
+                    failed += [] if ended else [cell]
+                    display.end(cell, self._line(cell) if ended else f"failed: {self._last_words(cell)}")
+                time.sleep(POLL_SECONDS)
+        finally:
+            display.close()
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+        return failed
+
+    def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
+        run = self.runs[cell]
+        path = self._path(run)
+        if path.exists():
+            try:
+                with FileLock(path / LOCK, blocking=False):
+                    shutil.rmtree(path)  # it was stopped before its end
+            except Timeout:
+                raise ConfigError(f"{path}: a process of an earlier comparison still runs here; wait for it") from None
+        grid_file = path.with_suffix(f"{path.suffix}.yaml")
+        grid_file.write_text(dump_config(run))
+        threads = str(max(1, (os.cpu_count() or 1) // self.config.processes))
+        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with path.with_suffix(f"{path.suffix}.log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", _START, "run", str(grid_file)],
+                env={"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def _last_words(self, cell: Cell) -> str:
+        path = self._path(self.runs[cell])
+        log = path.with_suffix(f"{path.suffix}.log")
+        lines = log.read_text(errors="replace").split("\n")
+        return f"{next((line.strip() for line in reversed(lines) if line.strip()), 'no word')} ({log})"
+
+    def _seconds(self, cell: Cell) -> float:
+        """How long that run is likely to take: as long as the longest of its agent and ratio so far; 0 if none has."""
+        runs = [run for other, run in self.runs.items() if other[:2] == cell[:2] and self.finished(run)]
+        return max((self.summary(run)["wall_seconds"] for run in runs), default=0.0)
+
+    def _clips(self, cell: Cell) -> int:
+        run = self.runs[cell]
+        return run.steps * run.rounds * run.batch_size
+
+    def _clips_seen(self, cell: Cell) -> int:
+        curve = self.curve(cell)
+        return int(curve[0][-1]) if len(curve[0]) else 0
+
+    def curve(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+        """(decisions taken, the MAE's error under uniform random masks) as they were logged."""
+        path = self._path(self.runs[cell]) / "metrics.csv"
+        if not path.is_file():
+            return np.zeros(0), np.zeros(0)
+        with path.open() as file:
+            rows = [row for row in csv.DictReader(file) if row.get(CURVE) and row.get("time/total_timesteps")]
+        return tuple(np.array([float(row[name]) for row in rows]) for name in ("time/total_timesteps", CURVE))  # type: ignore[return-value]
+
+    def summary(self, run: RunConfig) -> dict[str, Any]:
+        """What a finished run left in its summary.json."""
+        found: dict[str, Any] = json.loads((self._path(run) / "summary.json").read_text())
+        return found
+
+    def results(self) -> dict[Cell, dict[str, float | None]]:
+        """Figures of the finished runs."""
+        return {
+            cell: self.summary(run)[run.agent.class_] for cell, run in self.runs.items() if self.finished(run)
+        }  # fmt: skip
+
+    def _line(self, cell: Cell) -> str:
+        summary = self.summary(self.runs[cell])
+        figures = summary[self.runs[cell].agent.class_]
+        said = [f"{name} {figures[key]:.3f}" for key, name in METRICS.items() if figures.get(key) is not None]
+        return f"{', '.join(said)} ({summary['wall_seconds']:.0f} s)"
+
+    def write(self) -> list[Statistic]:
+        """Write cells.csv, table.csv, table.md and the plots of what is finished; returns the table's statistics."""
+        from experiments.plots import plot_comparison
+
+        results = self.results()
+        rows = [
+            {"agent": agent, "mask_ratio": ratio, "seed": seed, **figures}
+            for (agent, ratio, seed), figures in results.items()
+        ]
+        _write_csv(self.folder / "cells.csv", rows)
+        statistics = summarise(results)
+        _write_csv(self.folder / "table.csv", [statistic._asdict() for statistic in statistics])
+        (self.folder / "table.md").write_text(markdown(statistics), encoding="utf-8")
+        curves = {cell: self.curve(cell) for cell in results}
+        scale = {cell: self.runs[cell].rounds for cell in results}
+        plot_comparison(self.folder, statistics, {cell: (x / scale[cell], y) for cell, (x, y) in curves.items()})
+        return statistics
+
+
+class Statistic(NamedTuple):
+    """One metric of one agent at one mask ratio over its seeds."""
+
+    agent: str
+    mask_ratio: float
+    metric: str
+    seeds: int
+    mean: float
+    std: float
+    """Sample standard deviation over seeds; NaN for one seed."""
+    low: float
+    high: float
+    """Bootstrap confidence interval of the mean (percentile, 95 %); NaN for one seed."""
+    gain: float
+    """Mean difference to the agent called ``random`` with the same seeds; NaN without one."""
+    gain_low: float
+    gain_high: float
+    """Its bootstrap interval, seeds resampled in pairs."""
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Percentile-bootstrap confidence interval of a mean; (NaN, NaN) for less than two values."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    found = bootstrap(
+        (np.asarray(values),), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def summarise(results: dict[Cell, dict[str, float | None]], baseline: str = "random") -> list[Statistic]:
+    """Mean, spread and intervals over seeds of every metric, for each agent at each mask ratio."""
+    statistics = []
+    for agent, ratio in dict.fromkeys(cell[:2] for cell in results):
+        for metric in METRICS:
+            values = {
+                cell[2]: figures[metric] for cell, figures in results.items()
+                if cell[:2] == (agent, ratio) and figures.get(metric) is not None
+            }  # fmt: skip
+            if not values:
+                continue
+            x = np.array(list(values.values()), float)
+            others = {seed: results.get((baseline, ratio, seed), {}).get(metric) for seed in values}
+            pairs = [values[seed] - other for seed, other in others.items() if other is not None]  # type: ignore[operator]
+            std = float(x.std(ddof=1)) if len(x) > 1 else float("nan")
+            gain = float(np.mean(pairs)) if pairs and agent != baseline else float("nan")
+            gains = interval(pairs) if agent != baseline else (float("nan"),) * 2
+            statistics.append(Statistic(agent, ratio, metric, len(x), float(x.mean()), std, *interval(x), gain, *gains))
+    return statistics
+
+
+def _cells(statistics: Sequence[Statistic]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table: a row for each agent and mask ratio, a column for each metric there is."""
+    metrics = [metric for metric in METRICS if any(s.metric == metric for s in statistics)]
+    found = {(s.agent, s.mask_ratio, s.metric): s for s in statistics}
+    rows = []
+    for agent, ratio in dict.fromkeys((s.agent, s.mask_ratio) for s in statistics):
+        row = [agent, f"{ratio:g}"]
+        for metric in metrics:
+            s = found.get((agent, ratio, metric))
+            row.append("-" if s is None else f"{s.mean:.3f} ± {s.std:.3f}" if s.seeds > 1 else f"{s.mean:.3f}")
+        s = found.get((agent, ratio, "random_mask_error"))
+        known = s is not None and not np.isnan(s.gain_low)
+        row.append(f"{s.gain:+.3f} [{s.gain_low:+.3f}, {s.gain_high:+.3f}]" if s is not None and known else "-")
+        row.append(str(max((s.seeds for s in statistics if (s.agent, s.mask_ratio) == (agent, ratio)), default=0)))
+        rows.append(row)
+    headings = ["agent", "mask ratio", *(METRICS[metric] for metric in metrics)]
+    return [*headings, "error over random's [95 %]", "seeds"], rows
+
+
+def markdown(statistics: Sequence[Statistic]) -> str:
+    """The table in Markdown."""
+    headings, rows = _cells(statistics)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        if rows:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class _Display:
+    """One bar for the grid and one for each run on its way; lines where there is no terminal."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self.console, self.total, self.done = console, total, done
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.whole = self.progress.add_task("runs", total=total, completed=done)
+        self.tasks: dict[Cell, TaskID] = {}
+        self.progress.start()
+
+    def show(self, cell: Cell, clips: int, total: int) -> None:
+        """How far a run is."""
+        if cell not in self.tasks:
+            self.tasks[cell] = self.progress.add_task(_name(cell), total=total)
+        self.progress.update(self.tasks[cell], completed=clips)
+
+    def end(self, cell: Cell, said: str) -> None:
+        """A run has ended."""
+        self.done += 1
+        self.progress.remove_task(self.tasks.pop(cell))
+        self.progress.update(self.whole, completed=self.done)
+        self.console.print(f"[{self.done}/{self.total}] {_name(cell)}: {said}", soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Take the bars away."""
+        self.progress.stop()
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell[0]}, mask ratio {cell[1]:g}, seed {cell[2]}"
+
+
+def compare(config: CompareConfig, minutes: float | None = None) -> int:
+    """Carry out a comparison, or go on with it; returns the exit code: 1 if a run failed, 130 after Ctrl-C."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    this = Comparison(config, console)
+    console.print(f"Comparison folder: {this.folder}, {len(this.runs)} runs", soft_wrap=True)
+    code, failed = 0, []
+    try:
+        failed = this.carry_out(minutes)
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on with the runs that are not finished.")
+        code = 130
+    results = this.results()
+    if results:
+        headings, rows = _cells(this.write())
+        caption = (
+            "Mean ± standard deviation over seeds, on the same validation clips. Last but one: the error under uniform "
+        )
+        caption += (
+            "random masks less that of the agent called random with the same seed; bootstrap interval over seeds, "
+        )
+        caption += "too narrow with few of them. "
+        if len({figures.get("mae_updates") for figures in results.values()}) > 1:
+            caption += "The MAEs did not all make the same number of updates: see mae_updates in cells.csv."
+        table = Table(*headings, title=config.name, caption=caption, caption_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print(f"Written to {this.folder}: table.md, table.csv, cells.csv and plots", soft_wrap=True)
+    left = len(this.runs) - len(results) - len(failed)
+    if failed:
+        console.print(f"{len(failed)} runs failed; the same command tries them again.")
+    if left and not code:
+        console.print(f"{left} of {len(this.runs)} runs are left: the same command goes on with them.")
+    return code or (1 if failed else 0)
