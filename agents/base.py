@@ -68,7 +68,7 @@ def resolve_agent(name: str) -> Any:
         ValueError: if there is none of that name, or it is not an ``Agent``.
     """
     if name.startswith("sb3:"):
-        from agents.sb3 import peer
+        from agents.sb3_agent import peer
 
         return peer(name[len("sb3:") :])
     if name not in AGENTS and ":" not in name:

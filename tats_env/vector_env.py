@@ -53,6 +53,7 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         "render_fps": 2,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
+    autoreset_mode = AutoresetMode.SAME_STEP  # where TorchRL looks for it
     task_class: ClassVar[Callable[..., MaskingTask]] = MaskingTask
 
     def __init__(

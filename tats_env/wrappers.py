@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.vector import AutoresetMode
 
 from tats_env.mae.learner import MAELearner
 
@@ -64,3 +65,8 @@ class CoTrainMAE(_CoTraining, gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordC
 
 class CoTrainMAEVector(_CoTraining, gym.vector.VectorWrapper):
     """``CoTrainMAE`` for a vector environment: one update on all of its clips."""
+
+    @property
+    def autoreset_mode(self) -> AutoresetMode:
+        """The environment's, for TorchRL."""
+        return self.env.metadata["autoreset_mode"]
