@@ -23,6 +23,7 @@ from experiments.config import (
     ConfigError,
     EvaluateConfig,
     MAEConfig,
+    OtherAgentConfig,
     RunConfig,
     dump_config,
     load_config,
@@ -315,6 +316,43 @@ def test_an_option_sets_its_value_and_leaves_the_files_others(
 
 
 @pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ("--agent.class tube", {}),
+        ("--agent.class=motion --agent.temperature 0.5 --agent.camera", {"temperature": 0.5, "camera": True}),
+        ("--agent.class my.module:Agent --agent.layers.sizes [1,2]", {"layers": {"sizes": [1, 2]}}),
+        ("--agent.class sb3:PPO --agent.policy-kwargs={net_arch:\x20[8]}", {"policy_kwargs": {"net_arch": [8]}}),
+    ],
+)
+def test_agent_class_swaps_the_agent_and_drops_the_settings_of_the_one_before(
+    options: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    config = load_config("quickstart", [*options.split(" "), "--steps", "7"])
+    assert isinstance(config.agent, OtherAgentConfig)
+    assert config.agent.model_extra == settings and config.steps == 7
+    (tmp_path / "my.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "my.yaml")) == config
+    back = load_config(str(tmp_path / "my.yaml"), ["--agent.class", "ppo", "--agent.width", "16"])
+    assert back.agent == AgentConfig(width=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--agent.class tub", "agent.class: 'tub' is unknown; give one of ppo, adamae, random, tube, frame, block"),
+        ("--rounds 5", "rounds: 5 does not divide the number of visible tokens K = 12; give 4 or 6"),
+        ("--agent.n-steps 7", "agent.n_steps: 7 does not divide steps * rounds = 600; give 6 or 8"),
+        ("--rounds 4 --horizon 2", "horizon: 2 is given beside rounds = 4; set one of them to 1"),
+        ("--agent.class tube --agent.a.b 1 --agent.a 2 --agent.a.c 3", "--a.c: a is not a mapping"),
+    ],
+)
+def test_an_agent_that_cannot_be_had_is_refused(options: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("quickstart", options.split())
+    assert str(error.value).startswith(f"command line: {said}")
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ("--mask-ratio 1.2", "mask_ratio: 1.2 is not below 1; a ratio such as 0.9 keeps a tenth of the tokens visible"),
@@ -397,7 +435,7 @@ def test_tats_version_names_the_package(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rnu", "quickstart"]) == 2
-    assert capsys.readouterr().err == "tats: rnu: unknown verb; there are run; did you mean tats run?\n"
+    assert capsys.readouterr().err == "tats: rnu: unknown verb; there are run, compare; did you mean tats run?\n"
 
 
 @pytest.mark.parametrize("argv", [["run"], ["run", "--steps", "5"]])

@@ -59,7 +59,14 @@ def test_run_leaves_everything_that_is_promised(finished: tuple[Path, str]) -> N
 def test_summary_holds_the_table(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     summary = json.loads((folder / "summary.json").read_text())
-    columns = {"reconstruction_error", "random_mask_error", "motion_lift", "probe_top1", "seconds_per_step"}
+    columns = {
+        "reconstruction_error",
+        "random_mask_error",
+        "motion_lift",
+        "probe_top1",
+        "seconds_per_step",
+        "mae_updates",
+    }
     for sampler in ("ppo", "random"):
         assert summary[sampler].keys() == columns
         assert f"{summary[sampler]['motion_lift']:.2f}" in printed
@@ -150,7 +157,7 @@ def readme_block(name: str) -> str:
     return found.group(1)
 
 
-@pytest.mark.parametrize("name", ["sb3 example", "own policy example"])
+@pytest.mark.parametrize("name", ["sb3 example", "sb3 policy example", "own policy example"])
 def test_readme_example_runs_as_it_stands(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
