@@ -567,7 +567,7 @@ def _override_agent(
         return (agent if isinstance(agent, AgentConfig) else AgentConfig()), rest
     values: dict[str, Any] = to_values(agent) if name == agent.class_ else {"class": name}
     for key, value in settings:
-        _set(values, key, value)
+        _set({"agent": values}, f"agent.{key}", value)
     return parse_config({"agent": values}, "command line").agent, rest
 
 
@@ -579,7 +579,11 @@ def _set(values: dict[str, Any], path: str, text: str) -> None:
         group = group.setdefault(part if part in group else part.replace("-", "_"), {})
         if not isinstance(group, dict):
             raise ConfigError(f"command line: --{path}: {part} is not a mapping")
-    group[last if last in group else last.replace("-", "_")] = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    try:
+        group[last if last in group else last.replace("-", "_")] = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"command line: --{path}: {text!r} is not YAML: {problem}") from None
 
 
 def _agent_class(agent: AgentConfig | OtherAgentConfig, overrides: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -321,13 +322,13 @@ def test_an_option_sets_its_value_and_leaves_the_files_others(
         ("--agent.class tube", {}),
         ("--agent.class=motion --agent.temperature 0.5 --agent.camera", {"temperature": 0.5, "camera": True}),
         ("--agent.class my.module:Agent --agent.layers.sizes [1,2]", {"layers": {"sizes": [1, 2]}}),
-        ("--agent.class sb3:PPO --agent.policy-kwargs={net_arch:\x20[8]}", {"policy_kwargs": {"net_arch": [8]}}),
+        ("--agent.class sb3:PPO '--agent.policy-kwargs={net_arch: [8]}'", {"policy_kwargs": {"net_arch": [8]}}),
     ],
 )
 def test_agent_class_swaps_the_agent_and_drops_the_settings_of_the_one_before(
     options: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
-    config = load_config("quickstart", [*options.split(" "), "--steps", "7"])
+    config = load_config("quickstart", [*shlex.split(options), "--steps", "7"])
     assert isinstance(config.agent, OtherAgentConfig)
     assert config.agent.model_extra == settings and config.steps == 7
     (tmp_path / "my.yaml").write_text(dump_config(config))
@@ -343,7 +344,8 @@ def test_agent_class_swaps_the_agent_and_drops_the_settings_of_the_one_before(
         ("--rounds 5", "rounds: 5 does not divide the number of visible tokens K = 12; give 4 or 6"),
         ("--agent.n-steps 7", "agent.n_steps: 7 does not divide steps * rounds = 600; give 6 or 8"),
         ("--rounds 4 --horizon 2", "horizon: 2 is given beside rounds = 4; set one of them to 1"),
-        ("--agent.class tube --agent.a.b 1 --agent.a 2 --agent.a.c 3", "--a.c: a is not a mapping"),
+        ("--agent.class tube --agent.a.b 1 --agent.a 2 --agent.a.c 3", "--agent.a.c: a is not a mapping"),
+        ("--agent.class tube --agent.a={b:", "--agent.a: '{b:' is not YAML: expected the node content"),
     ],
 )
 def test_an_agent_that_cannot_be_had_is_refused(options: str, said: str) -> None:
