@@ -8,15 +8,10 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from experiments.config import (
-    ConfigError,
-    RunConfig,
-    compare_usage,
-    load_config,
-    load_grid,
-    override_config,
-    packaged_configs,
-)
+from experiments.config import RunConfig, load_config, override_config
+from experiments.grid import compare_usage, load_grid
+from experiments.refusals import ConfigError
+from experiments.yaml_files import packaged_configs
 
 _HELP = ("-h", "--help")
 

@@ -20,7 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from scipy.stats import bootstrap
 
-from experiments.config import CompareConfig, ConfigError, RunConfig, dump_config, load_config
+from experiments.config import RunConfig, dump_config, load_config
+from experiments.grid import CompareConfig
+from experiments.refusals import ConfigError
 from experiments.run import LOCK
 
 Cell = tuple[str, float, int]
@@ -149,20 +151,22 @@ class Comparison:
 
     def _clips(self, cell: Cell) -> int:
         run = self.runs[cell]
-        return run.steps * run.rounds * run.batch_size
+        return run.steps * run.batch_size
 
     def _clips_seen(self, cell: Cell) -> int:
         curve = self.curve(cell)
         return int(curve[0][-1]) if len(curve[0]) else 0
 
     def curve(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-        """(decisions taken, the MAE's error under uniform random masks) as they were logged."""
-        path = self._path(self.runs[cell]) / "metrics.csv"
+        """(clips seen, the MAE's error under uniform random masks) as they were logged."""
+        run = self.runs[cell]
+        path = self._path(run) / "metrics.csv"
         if not path.is_file():
             return np.zeros(0), np.zeros(0)
         with path.open() as file:
             rows = [row for row in csv.DictReader(file) if row.get(CURVE) and row.get("time/total_timesteps")]
-        return tuple(np.array([float(row[name]) for row in rows]) for name in ("time/total_timesteps", CURVE))  # type: ignore[return-value]
+        clips = np.array([float(row["time/total_timesteps"]) / run.rounds for row in rows])
+        return clips, np.array([float(row[CURVE]) for row in rows])
 
     def summary(self, run: RunConfig) -> dict[str, Any]:
         """What a finished run left in its summary.json."""
@@ -182,7 +186,7 @@ class Comparison:
         return f"{', '.join(said)} ({summary['wall_seconds']:.0f} s)"
 
     def write(self) -> list[Statistic]:
-        """Write cells.csv, table.csv, table.md and the plots of what is finished; returns the table's statistics."""
+        """Write tables, curves and plots of what is finished; returns the table's statistics."""
         from experiments.plots import plot_comparison
 
         results = self.results()
@@ -195,8 +199,12 @@ class Comparison:
         _write_csv(self.folder / "table.csv", [statistic._asdict() for statistic in statistics])
         (self.folder / "table.md").write_text(markdown(statistics), encoding="utf-8")
         curves = {cell: self.curve(cell) for cell in results}
-        scale = {cell: self.runs[cell].rounds for cell in results}
-        plot_comparison(self.folder, statistics, {cell: (x / scale[cell], y) for cell, (x, y) in curves.items()})
+        points = [
+            {"agent": agent, "mask_ratio": ratio, "seed": seed, "clips": int(clips), "error": error}
+            for (agent, ratio, seed), curve in curves.items() for clips, error in zip(*curve, strict=True)
+        ]  # fmt: skip
+        _write_csv(self.folder / "curves.csv", points)
+        plot_comparison(self.folder, statistics, curves)
         return statistics
 
 
@@ -350,7 +358,7 @@ def compare(config: CompareConfig, minutes: float | None = None) -> int:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-        console.print(f"Written to {this.folder}: table.md, table.csv, cells.csv and plots", soft_wrap=True)
+        console.print(f"Written to {this.folder}: table.md, table.csv, cells.csv, curves.csv and plots", soft_wrap=True)
     left = len(this.runs) - len(results) - len(failed)
     if failed:
         console.print(f"{len(failed)} runs failed; the same command tries them again.")

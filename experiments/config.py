@@ -5,15 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from copy import deepcopy
-from importlib.resources import files
-from itertools import product
 from math import ceil, floor
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -31,7 +26,8 @@ from pydantic import (
 )
 
 from agents import AGENTS
-from experiments.refusals import close, did_you_mean, explain, items, kind_of
+from experiments.refusals import ConfigError, close, did_you_mean, explain, items, kind_of
+from experiments.yaml_files import dump_yaml, read_yaml, set_value
 
 REWARDS = ("surprise", "motion_surprise", "reconstruction_error", "negative_reconstruction_error")
 """Names in ``tats_env.rewards``, which is too heavy to import for a look at a configuration."""
@@ -46,14 +42,11 @@ _TEXTS: dict[str, tuple[str, str, Sequence[str]]] = {
 }  # fmt: skip
 
 
-class ConfigError(ValueError):
-    """A configuration that can't be run; one line a problem: where, what is wrong, what would be right."""
-
-
 _WHOLES = {"tubelet_size": "num_frames", "patch_size": "size", "num_heads": "width"}
 
 
-def _check_text(field: str, value: str) -> str:
+def check_text(field: str, value: str) -> str:
+    """``value``, if it is what the text setting of that name can be."""
     pattern, right, names = _TEXTS[field]
     if not re.fullmatch(pattern, value):
         near = close(value, names)
@@ -70,7 +63,9 @@ def _check_divides(whole: int, part: int, what: str) -> None:
         raise ValueError(f"{part} does not divide {what} = {whole}; give {' or '.join(map(str, [below, *above]))}")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a configuration."""
+
     # Strict, for "32", true and 1.5 are mistakes where a whole number belongs; defaults take part in the cross-checks.
     model_config = ConfigDict(
         extra="forbid",
@@ -90,7 +85,7 @@ class _Section(BaseModel):
         return value
 
 
-class ClipConfig(_Section):
+class ClipConfig(Section):
     """What a clip is, and how it is cut into tokens."""
 
     num_frames: PositiveInt = 16
@@ -110,7 +105,7 @@ class ClipConfig(_Section):
         return self.num_frames // self.tubelet_size * (self.size // self.patch_size) ** 2
 
 
-class MAEConfig(_Section):
+class MAEConfig(Section):
     """The masked autoencoder and its training."""
 
     size: Literal["tiny", "small", "base", "large"] = "tiny"
@@ -137,7 +132,7 @@ class MAEConfig(_Section):
         return value
 
 
-class AgentConfig(_Section):
+class AgentConfig(Section):
     """Our PPO and its token sampler; another class has settings of its own (OtherAgentConfig)."""
 
     class_: Literal["ppo"] = Field(default="ppo", alias="class")
@@ -186,7 +181,7 @@ class AgentConfig(_Section):
     """c of c * tanh((logit - mean) / c), which bounds how far apart two tokens can be."""
 
 
-class OtherAgentConfig(_Section):
+class OtherAgentConfig(Section):
     """An agent other than our PPO: what else is given goes to its constructor, which is asked before a run starts."""
 
     model_config = ConfigDict(extra="allow")
@@ -211,7 +206,7 @@ def _agent_kind(value: Any) -> str:
     return "<ppo>" if name == "ppo" else "<other>"
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """What is measured after training."""
 
     num_videos: PositiveInt | None = 240
@@ -226,7 +221,7 @@ class EvaluateConfig(_Section):
     """Draw masks.png and masks.gif of a few validation clips."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run: train the MAE and the token sampler together, then evaluate both."""
 
     name: str = "run"
@@ -265,7 +260,7 @@ class RunConfig(_Section):
     @field_validator("name", "device", "data", "reward")
     @classmethod
     def _is_understood(cls, value: str, info: ValidationInfo) -> str:
-        return _check_text(info.field_name or "", value)
+        return check_text(info.field_name or "", value)
 
     @field_validator("mask_ratio")
     @classmethod
@@ -309,85 +304,7 @@ class RunConfig(_Section):
         return self
 
 
-class CompareConfig(_Section):
-    """A grid of runs, agents x mask ratios x seeds, that see the same clips in the same order."""
-
-    name: str = "compare"
-    """What the comparison's folder is called."""
-    out: str = "runs"
-    """Folder in which the comparison's own folder is made, or found again."""
-    processes: PositiveInt = 1
-    """Runs at a time, each a process."""
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = [0, 1, 2]
-    """Of clips, masks and initial weights; the same for every agent."""
-    mask_ratios: Annotated[list[float], Field(min_length=1)] = [0.9]
-    """Shares of tokens that are hidden."""
-    run: dict[str, Any] = {}
-    """What all runs share, as in a run's own configuration."""
-    agents: dict[str, dict[str, Any]] = {"random": {"class": "random"}}
-    """Each agent's section under a name of its own; ``run`` inside holds what is different about its runs."""
-
-    @field_validator("name", "agents")
-    @classmethod
-    def _are_folders(cls, value: Any) -> Any:
-        for name in [value] if isinstance(value, str) else value:
-            _check_text("name", name)
-        return value
-
-    def runs(self, source: str) -> dict[tuple[str, float, int], RunConfig]:
-        """The grid's runs by (agent, mask ratio, seed), in the order in which they are started.
-
-        Raises:
-            ConfigError: one line for each problem found, with the agent that has it.
-        """
-        runs, problems = {}, []
-        for seed, ratio, name in product(self.seeds, self.mask_ratios, self.agents):
-            agent = dict(self.agents[name])
-            own = agent.pop("run", {})
-            values = deepcopy(self.run)
-            for key, value in own.items():
-                values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-            where = f"{source}: agents.{name}"
-            given = [key for key in ("name", "out", "seed", "mask_ratio", "agent") if key in values]
-            if given:
-                problems.append(f"{where}: run.{given[0]}: the grid itself says this; leave it out")
-                continue
-            fixed = {"name": f"{name}-{ratio:g}-{seed}", "seed": seed, "mask_ratio": ratio, "agent": agent}
-            fixed["out"] = (Path(self.out) / self.name / "cells").as_posix()
-            fixed["evaluate"] = {**values.get("evaluate", {}), "baseline": False}
-            try:
-                runs[name, ratio, seed] = parse_config(values | fixed, where)
-            except ConfigError as error:
-                problems += str(error).splitlines()
-        if problems:
-            raise ConfigError("\n".join(dict.fromkeys(problems)))
-        return runs
-
-
-_Schema = TypeVar("_Schema", RunConfig, CompareConfig)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                problem = f"the key {key.value} is given twice; keep one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML as ``_Loader`` reads it."""
-
-
-for _yaml in (_Loader, _Dumper):  # YAML 1.1, which PyYAML speaks, reads 1e-3 as text
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+_Schema = TypeVar("_Schema", bound=BaseModel)
 
 
 def parse_config(values: Any, source: str) -> RunConfig:
@@ -400,10 +317,11 @@ def parse_config(values: Any, source: str) -> RunConfig:
     Raises:
         ConfigError: one line for each problem found.
     """
-    return _parse(RunConfig, values, source)
+    return parse(RunConfig, values, source)
 
 
-def _parse(schema: type[_Schema], values: Any, source: str) -> _Schema:
+def parse(schema: type[_Schema], values: Any, source: str) -> _Schema:
+    """``values`` as that schema has them; arguments and errors as for ``parse_config``."""
     if not isinstance(values, dict):
         held = "nothing" if values is None else kind_of(values)
         raise ConfigError(
@@ -427,41 +345,6 @@ def _parse(schema: type[_Schema], values: Any, source: str) -> _Schema:
         raise ConfigError("\n".join(lines)) from None
 
 
-def packaged_configs(verb: str = "run") -> list[str]:
-    """Names of the configurations for ``tats run`` or, named ``compare...``, for ``tats compare`` that we ship."""
-    names = sorted(item.name[:-5] for item in files("experiments").iterdir() if item.name.endswith(".yaml"))
-    return [name for name in names if name.startswith("compare") == (verb == "compare")]
-
-
-def _read(path_or_name: str, verb: str) -> str:
-    path, packaged = Path(path_or_name), packaged_configs(verb)
-    try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        stem = path.name.removesuffix(".yaml")
-        if stem in packaged and path.parent.as_posix() in (".", "experiments"):
-            return files("experiments").joinpath(f"{stem}.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path_or_name}: can't be read: {error}") from None
-    if (path / "config.yaml").is_file():
-        raise ConfigError(f"{path_or_name}: is a run's folder; give {path_or_name.rstrip('/')}/config.yaml")
-    near = did_you_mean(*close(stem, packaged))
-    raise ConfigError(
-        f"{path_or_name}: no such file, nor a configuration that comes with the package ({', '.join(packaged)}){near}"
-    )
-
-
-def _read_yaml(path_or_name: str, verb: str) -> Any:
-    try:
-        return yaml.load(_read(path_or_name, verb), Loader=_Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path_or_name}: {where}{error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path_or_name}: is not YAML: {error}") from None
-
-
 def load_config(path_or_name: str, overrides: Sequence[str] = (), prog: str | None = None) -> RunConfig:
     """A configuration from YAML, with options of the command line on top.
 
@@ -474,51 +357,8 @@ def load_config(path_or_name: str, overrides: Sequence[str] = (), prog: str | No
         ConfigError: one line for each problem found.
         SystemExit: by tyro, which has told the user: after ``--help``, or an option that is unknown or can't be read.
     """
-    config = parse_config(_read_yaml(path_or_name, "run"), path_or_name)
+    config = parse_config(read_yaml(path_or_name, "run"), path_or_name)
     return override_config(config, overrides, prog) if overrides else config
-
-
-def load_grid(path_or_name: str, overrides: Sequence[str] = ()) -> tuple[CompareConfig, float | None]:
-    """A comparison's grid from YAML with options on top, such as ``--run.steps 100``; and what ``--minutes`` says.
-
-    Raises:
-        ConfigError: one line for each problem found, in the grid or in any of its runs.
-    """
-    values = _read_yaml(path_or_name, "compare")
-    minutes: Any = None
-    args = list(overrides)
-    if args and not isinstance(values, dict):
-        _parse(CompareConfig, values, path_or_name)  # says what it is instead
-    while args:
-        option, equals, value = args.pop(0).partition("=")
-        if not option.startswith("--") or not (equals or args):
-            raise ConfigError(f"command line: {option}: give options as --KEY VALUE, such as --minutes 9")
-        value = value if equals else args.pop(0)
-        if option == "--minutes":
-            try:
-                minutes = float(value)
-            except ValueError:
-                raise ConfigError(f"command line: minutes: {value!r} is not a number of minutes") from None
-        else:
-            _set(values, option[2:], value)
-    grid = _parse(CompareConfig, values, path_or_name)
-    grid.runs(path_or_name)
-    return grid, minutes
-
-
-def compare_usage() -> str:
-    """What ``tats compare --help`` prints."""
-    lines = [
-        "usage: tats compare GRID [--minutes M] [--KEY VALUE ...]",
-        f"\n{CompareConfig.__doc__}\n",
-        f"GRID is a YAML file or one that comes with the package: {', '.join(packaged_configs('compare'))}.",
-        "Runs that are finished are not done again, so the same command goes on where the last one stopped.\n",
-        "  --minutes M      stop after that long; runs that would not fit are not started",
-    ]
-    for name, field in CompareConfig.model_fields.items():
-        lines.append(f"  --{name.replace('_', '-') + ' ...':14} {field.description}")
-    lines.append("\nValues are YAML, and paths go deeper: --seeds '[0, 1]' --run.steps 100 --agents.ppo.width 64")
-    return "\n".join(lines)
 
 
 def override_config(config: RunConfig, overrides: Sequence[str], prog: str | None = None) -> RunConfig:
@@ -567,23 +407,8 @@ def _override_agent(
         return (agent if isinstance(agent, AgentConfig) else AgentConfig()), rest
     values: dict[str, Any] = to_values(agent) if name == agent.class_ else {"class": name}
     for key, value in settings:
-        _set({"agent": values}, f"agent.{key}", value)
+        set_value({"agent": values}, f"agent.{key}", value)
     return parse_config({"agent": values}, "command line").agent, rest
-
-
-def _set(values: dict[str, Any], path: str, text: str) -> None:
-    """Put a value as YAML reads it at a dotted path, in which ``-`` stands for ``_`` where there is no such key."""
-    group = values
-    *groups, last = path.split(".")
-    for part in groups:
-        group = group.setdefault(part if part in group else part.replace("-", "_"), {})
-        if not isinstance(group, dict):
-            raise ConfigError(f"command line: --{path}: {part} is not a mapping")
-    try:
-        group[last if last in group else last.replace("-", "_")] = yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"command line: --{path}: {text!r} is not YAML: {problem}") from None
 
 
 def _agent_class(agent: AgentConfig | OtherAgentConfig, overrides: Sequence[str]) -> str:
@@ -617,6 +442,6 @@ def to_values(section: BaseModel) -> dict[str, Any]:
     return section.model_dump(by_alias=True)
 
 
-def dump_config(config: RunConfig | CompareConfig) -> str:
+def dump_config(config: BaseModel) -> str:
     """The whole configuration, defaults written out, as YAML that loads back to an equal one."""
-    return yaml.dump(to_values(config), Dumper=_Dumper, sort_keys=False)
+    return dump_yaml(to_values(config))

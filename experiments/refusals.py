@@ -8,6 +8,10 @@ from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
 
+class ConfigError(ValueError):
+    """A configuration that can't be run; one line a problem: where, what is wrong, what would be right."""
+
+
 def close(word: str, names: Sequence[str]) -> list[str]:
     """The name nearest to ``word``, if one is near."""
     return get_close_matches(word, names, n=1)

@@ -21,10 +21,10 @@ from agents import AGENTS
 from agents.base import resolve_agent
 from agents.hooks import LogHook, MAEUpdateHook
 from agents.ppo import PPO, SETTINGS
-from experiments.config import AgentConfig, ConfigError, OtherAgentConfig, RunConfig, dump_config
+from experiments.config import AgentConfig, OtherAgentConfig, RunConfig, dump_config
 from experiments.evaluation import evaluate_sampler, linear_probe, table_row
 from experiments.progress import RunProgress
-from experiments.refusals import close, did_you_mean
+from experiments.refusals import ConfigError, close, did_you_mean
 from tats_env.data import VideoSet, open_dataset, write_bad_videos
 from tats_env.grid import TokenGrid
 from tats_env.mae import MAELearner, save_learner

@@ -19,7 +19,9 @@ from PIL import Image
 
 from experiments import cli
 from experiments.compare import interval, markdown, summarise
-from experiments.config import ConfigError, load_grid, packaged_configs
+from experiments.grid import load_grid
+from experiments.refusals import ConfigError
+from experiments.yaml_files import packaged_configs
 
 ROOT = Path(__file__).parents[1]
 GRID = {
@@ -101,6 +103,8 @@ def test_grid_leaves_tables_and_plots_with_every_seed(finished: tuple[Path, str]
         assert np.asarray(Image.open(out / name).convert("L")).std() > 5
     curve = list(csv.DictReader((out / "cells" / "rounds-0.9-0" / "metrics.csv").open()))
     assert [row["time/total_timesteps"] for row in curve] == ["24", "48", "72"]
+    points = [row for row in csv.DictReader((out / "curves.csv").open()) if row["agent"] == "rounds"]
+    assert [row["clips"] for row in points] == ["8", "16", "24"] * 2  # a clip counts once, however many the rounds
 
 
 def test_agent_of_ones_own_in_the_current_folder_got_its_settings_and_acted(finished: tuple[Path, str]) -> None:

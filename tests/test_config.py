@@ -21,17 +21,17 @@ from experiments.config import (
     REWARDS,
     AgentConfig,
     ClipConfig,
-    ConfigError,
     EvaluateConfig,
     MAEConfig,
     OtherAgentConfig,
     RunConfig,
     dump_config,
     load_config,
-    packaged_configs,
     parse_config,
     to_values,
 )
+from experiments.refusals import ConfigError
+from experiments.yaml_files import packaged_configs
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,0 +1,115 @@
+"""The grid of a comparison: its schema, its runs, and options on top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from experiments.config import RunConfig, Section, check_text, parse, parse_config
+from experiments.refusals import ConfigError
+from experiments.yaml_files import packaged_configs, read_yaml, set_value
+
+
+class CompareConfig(Section):
+    """A grid of runs, agents x mask ratios x seeds, that see the same clips in the same order."""
+
+    name: str = "compare"
+    """What the comparison's folder is called."""
+    out: str = "runs"
+    """Folder in which the comparison's own folder is made, or found again."""
+    processes: PositiveInt = 1
+    """Runs at a time, each a process."""
+    seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
+    """Of clips, masks and initial weights; the same for every agent."""
+    mask_ratios: list[float] = Field(default=[0.9], min_length=1)
+    """Shares of tokens that are hidden."""
+    run: dict[str, Any] = Field(default={})
+    """What all runs share, as in a run's own configuration."""
+    agents: dict[str, dict[str, Any]] = Field(default={"random": {"class": "random"}}, min_length=1)
+    """Each agent's section under a name of its own; ``run`` inside holds what is different about its runs."""
+
+    @field_validator("name", "agents")
+    @classmethod
+    def _are_folders(cls, value: Any) -> Any:
+        for name in [value] if isinstance(value, str) else value:
+            check_text("name", name)
+        return value
+
+    def runs(self, source: str) -> dict[tuple[str, float, int], RunConfig]:
+        """The grid's runs by (agent, mask ratio, seed), in the order in which they are started.
+
+        Raises:
+            ConfigError: one line for each problem found, with the agent that has it.
+        """
+        runs, problems = {}, []
+        for seed, ratio, name in product(self.seeds, self.mask_ratios, self.agents):
+            agent = dict(self.agents[name])
+            own = agent.pop("run", {})
+            values = deepcopy(self.run)
+            for key, value in own.items():
+                shared = values.get(key)
+                values[key] = {**shared, **value} if isinstance(shared, dict) and isinstance(value, dict) else value
+            where = f"{source}: agents.{name}"
+            given = [key for key in ("name", "out", "seed", "mask_ratio", "agent") if key in values]
+            if given:
+                problems.append(f"{where}: run.{given[0]}: the grid itself says this; leave it out")
+                continue
+            fixed = {"name": f"{name}-{ratio:g}-{seed}", "seed": seed, "mask_ratio": ratio, "agent": agent}
+            fixed["out"] = (Path(self.out) / self.name / "cells").as_posix()
+            if isinstance(evaluate := values.get("evaluate", {}), dict):
+                fixed["evaluate"] = {**evaluate, "baseline": False}
+            try:
+                runs[name, ratio, seed] = parse_config(values | fixed, where)
+            except ConfigError as error:
+                problems += str(error).splitlines()
+        if problems:
+            raise ConfigError("\n".join(dict.fromkeys(problems)))
+        return runs
+
+
+def load_grid(path_or_name: str, overrides: Sequence[str] = ()) -> tuple[CompareConfig, float | None]:
+    """A comparison's grid from YAML with options on top, such as ``--run.steps 100``; and what ``--minutes`` says.
+
+    Raises:
+        ConfigError: one line for each problem found, in the grid or in any of its runs.
+    """
+    values = read_yaml(path_or_name, "compare")
+    minutes: Any = None
+    args = list(overrides)
+    if args and not isinstance(values, dict):
+        parse(CompareConfig, values, path_or_name)  # says what it is instead
+    while args:
+        option, equals, value = args.pop(0).partition("=")
+        if not option.startswith("--") or not (equals or args):
+            raise ConfigError(f"command line: {option}: give options as --KEY VALUE, such as --minutes 9")
+        value = value if equals else args.pop(0)
+        if option == "--minutes":
+            try:
+                minutes = float(value)
+            except ValueError:
+                raise ConfigError(f"command line: minutes: {value!r} is not a number of minutes") from None
+        else:
+            set_value(values, option[2:], value)
+    grid = parse(CompareConfig, values, path_or_name)
+    grid.runs(path_or_name)
+    return grid, minutes
+
+
+def compare_usage() -> str:
+    """What ``tats compare --help`` prints."""
+    lines = [
+        "usage: tats compare GRID [--minutes M] [--KEY VALUE ...]",
+        f"\n{CompareConfig.__doc__}\n",
+        f"GRID is a YAML file or one that comes with the package: {', '.join(packaged_configs('compare'))}.",
+        "Runs that are finished are not done again, so the same command goes on where the last one stopped.\n",
+        "  --minutes M      stop after that long; runs that would not fit are not started",
+    ]
+    for name, field in CompareConfig.model_fields.items():
+        lines.append(f"  --{name.replace('_', '-') + ' ...':14} {field.description}")
+    lines.append("\nValues are YAML, and paths go deeper: --seeds '[0, 1]' --run.steps 100 --agents.ppo.width 64")
+    return "\n".join(lines)
