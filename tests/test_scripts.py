@@ -62,12 +62,6 @@ def test_the_single_file_ppo_draws_as_often_as_it_says() -> None:
         assert abs(share - expected) < 5 * (expected * (1 - expected) / num_draws) ** 0.5, (pick, share, expected)
 
 
-def test_the_single_file_ppo_refuses_a_mask_in_rounds(tmp_path: Path) -> None:
-    args = cleanrl_ppo.Args(**SMALL, env_id="TATSMaskingSequential-v0", log_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"in rounds.*give TATSMasking-v0"):
-        cleanrl_ppo.main(args)
-
-
 def test_the_torchrl_ppo_learns_to_show_what_surprises_the_mae(tmp_path: Path) -> None:
     pytest.importorskip("torchrl")
     from experiments import torchrl_ppo
