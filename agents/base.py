@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -79,6 +80,7 @@ def resolve_agent(name: str) -> Any:
         )
     found = import_object(AGENTS.get(name, name), "agent class")
     missing = [method for method in ("learn", "predict", "save", "load") if not callable(getattr(found, method, None))]
+    missing += sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
         raise ValueError(
             f"agent class {name!r} has no method {' and no '.join(missing)}; an agent has learn, predict, save and "
@@ -127,7 +129,7 @@ def from_batch(scores: Tensor, single: bool, as_numpy: bool) -> Any:
     return scores.cpu().numpy() if as_numpy else scores
 
 
-class Stepwise:
+class Stepwise(ABC):
     """An agent that acts, and may learn, one step at a time. Give it ``scores``, and you have an ``Agent``.
 
     Whatever else a subclass's constructor takes by keyword must be kept under the same name: ``save`` writes it down.
@@ -147,11 +149,11 @@ class Stepwise:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.num_timesteps = 0
 
+    @abstractmethod
     def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
-        """Priorities [B, N] for an observation [B, T', S, D]; the highest stay visible. To be written."""
-        raise NotImplementedError(f"{type(self).__name__} has no scores(observation, deterministic)")
+        """Priorities [B, N] for an observation [B, T', S, D]; the highest stay visible."""
 
-    def after_step(self, observation: Tensor) -> None:
+    def after_step(self, observation: Tensor) -> None:  # noqa: B027 (most agents learn nothing)
         """Learn from ``self.env.unwrapped.task.decision``, which came of the observation; by default nothing."""
 
     def learn(self, total_timesteps: int, callback: Hook | Sequence[Hook] | None = None) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from math import isqrt
 from typing import Any, ClassVar
 
@@ -114,9 +115,9 @@ class _Prior(RandomMask):
         super().__init__(env, seed=seed)
         self.explore = explore
 
+    @abstractmethod
     def logits(self, observation: Tensor) -> Tensor:
         """[B, N] for an observation [B, T', S, D]."""
-        raise NotImplementedError
 
     def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
         """The ranks of a draw, or of the highest logits."""

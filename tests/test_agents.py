@@ -68,6 +68,8 @@ def test_all_agents_see_the_same_clips_in_the_same_order_and_train_the_mae_as_of
 def test_a_class_that_is_no_agent_is_refused_with_the_missing_methods() -> None:
     with pytest.raises(ValueError, match=r"agent class 'fractions:Fraction' has no method learn and no predict and no"):
         resolve_agent("fractions:Fraction")
+    with pytest.raises(ValueError, match=r"agent class 'agents\.base:Stepwise' has no method scores; an"):
+        resolve_agent("agents.base:Stepwise")
     with pytest.raises(ValueError, match=r"agent class 'tueb' is unknown; give one of ppo.*; did you mean tube\?"):
         resolve_agent("tueb")
     with pytest.raises(ValueError, match="agent class 'no_such:Agent' can't be imported: No module named 'no_such'"):

@@ -13,7 +13,7 @@ import torch
 from experiments import cleanrl_ppo
 
 # N = 32, K = 3, and few enough videos that the MAE knows them soon
-SMALL: dict[str, Any] = {"size": 16, "num_videos": 15, "num_envs": 16, "total_timesteps": 3200, "device": "cpu"}
+SMALL: dict[str, Any] = {"size": 16, "num_videos": 15, "num_envs": 16, "total_timesteps": 2048, "device": "cpu"}
 
 
 def sequential_log_prob(logits: torch.Tensor, picks: torch.Tensor) -> float:
