@@ -106,6 +106,7 @@ class PPO:
         ValueError: on settings that can't work.
     """
 
+    observation: ClassVar[str] = "tokens"
     suffix: ClassVar[str] = ".safetensors"
 
     def __init__(
