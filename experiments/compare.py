@@ -112,6 +112,9 @@ class Comparison:
                 time.sleep(POLL_SECONDS)
         finally:
             display.close()
+            if running:
+                names = "; ".join(map(_name, running))
+                self.console.print(f"Stopped before the end, to be done anew: {names}", soft_wrap=True)
             for process in running.values():
                 process.terminate()
             for process in running.values():

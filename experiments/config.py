@@ -110,6 +110,10 @@ class MAEConfig(Section):
 
     size: Literal["tiny", "small", "base", "large"] = "tiny"
     """Network size: tiny is for CPUs, base is VideoMAE's ViT-B."""
+    checkpoint: str | None = None
+    """Start from a run's mae.safetensors, which has a size of its own; None starts from scratch."""
+    frozen: bool = False
+    """Leave the MAE as it is, which makes the environment a stationary one."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate as it is; without this and base_learning_rate, the size's own."""
     base_learning_rate: PositiveFloat | None = None

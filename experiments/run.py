@@ -27,7 +27,7 @@ from experiments.progress import RunProgress
 from experiments.refusals import ConfigError, close, did_you_mean
 from tats_env.data import VideoSet, open_dataset, write_bad_videos
 from tats_env.grid import TokenGrid
-from tats_env.mae import MAELearner, save_learner
+from tats_env.mae import MAELearner, load_learner, save_learner
 from tats_env.mae.learner import resolve_device
 from tats_env.rendering import animation, decision_rows, strip
 from tats_env.rewards import resolve_reward
@@ -113,20 +113,27 @@ class Run:
         return TATSMaskingVectorEnv(num_envs, output="torch", reward=config.reward, horizon=config.horizon, **options)
 
     def _learner(self) -> MAELearner:
-        config, clip = self.config, self.config.clip
-        return MAELearner(
-            TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size),
-            config.mae.size,
-            batch_size=config.batch_size,
-            learning_rate=config.mae.learning_rate,
-            base_learning_rate=config.mae.base_learning_rate,
-            weight_decay=config.mae.weight_decay,
-            warmup_steps=config.mae.warmup_steps,
-            total_steps=config.steps // config.mae.update_every,
-            device=config.device,
-            seed=config.seed,
-            compile=config.mae.compile,
-        )
+        config, clip, mae = self.config, self.config.clip, self.config.mae
+        options: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "learning_rate": mae.learning_rate,
+            "base_learning_rate": mae.base_learning_rate,
+            "weight_decay": mae.weight_decay,
+            "warmup_steps": mae.warmup_steps,
+            "total_steps": config.steps // mae.update_every,
+            "device": config.device,
+            "seed": config.seed,
+            "compile": mae.compile,
+        }
+        if mae.checkpoint is not None:
+            try:
+                learner = load_learner(mae.checkpoint, **options)
+            except (FileNotFoundError, ValueError) as error:
+                raise ConfigError(f"mae.checkpoint: {error}") from error
+        else:
+            grid = TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
+            learner = MAELearner(grid, mae.size, **options)
+        return learner.train(not mae.frozen)
 
     def _make(self, name: str) -> tuple[MAELearner, Any]:
         """An MAE, and the agent of that name in an environment around it."""
@@ -153,8 +160,8 @@ class Run:
         progress.start(name)
         # The display counts first: should the MAE's update or a log line raise, it tells the step that did. The MAE
         # learns from complete masks only.
-        update = MAEUpdateHook(config.mae.update_every * config.rounds)
-        hooks = [progress, update, LogHook(logger, config.log_interval * config.rounds)]
+        updates = [] if config.mae.frozen else [MAEUpdateHook(config.mae.update_every * config.rounds)]
+        hooks = [progress, *updates, LogHook(logger, config.log_interval * config.rounds)]
         start = time.perf_counter()
         path = folder / f"policy{getattr(agent, 'suffix', '')}"
         try:
@@ -185,7 +192,9 @@ class Run:
         packages = ("torch", "gymnasium", "stable-baselines3", "timm", "numpy")
         versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
         summary = {**self.results, "wall_seconds": time.perf_counter() - self.start, "versions": versions, **more}
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        partial = self.folder / "summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.replace(self.folder / "summary.json")  # whole or not there: who resumes goes by it
 
     def table(self) -> Table:
         """The samplers side by side."""

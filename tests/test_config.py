@@ -94,7 +94,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_valid_one(
         ("mae: {compile: 'yes'}", "mae.compile: 'yes' is text; expected true or false"),
         ("name: 12", "name: 12 is a whole number; expected text, such as run (put it in quotes)"),
         ("name:", "name: nothing is given; expected text, such as run"),
-        ("mae: base", "mae: 'base' is text; expected a mapping of keys to values: size, learning_rate,"),
+        ("mae: base", "mae: 'base' is text; expected a mapping of keys to values: size, checkpoint, frozen,"),
         ("mae:", "mae: nothing is given; expected a mapping of keys to values"),
     ],
 )

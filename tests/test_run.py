@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from agents.ppo import PPO
@@ -23,8 +24,9 @@ from tats_env.data import motion
 from tats_env.mae import load_learner
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["--steps", "12", "--log-interval", "4", "--batch-size", "8", "--num-videos", "30", "--agent.width", "16"]
-QUICK += ["--evaluate.num-videos", "30", "--evaluate.clips", "64"]
+SHORT = ["--steps", "12", "--log-interval", "4", "--batch-size", "8", "--num-videos", "30"]
+SHORT += ["--evaluate.num-videos", "30", "--evaluate.clips", "64"]
+QUICK = [*SHORT, "--agent.width", "16"]
 
 
 def tats(*args: str, out: Path) -> subprocess.CompletedProcess[str]:
@@ -90,6 +92,21 @@ def test_second_run_of_a_name_gets_a_folder_of_its_own(finished: tuple[Path, str
     summary = json.loads((folder.parent / "quickstart-2" / "summary.json").read_text())
     assert "ppo" in summary and "random" not in summary
     assert (folder / "summary.json").read_bytes() == before
+
+
+def test_run_starts_from_a_checkpoint_and_leaves_a_frozen_mae_as_it_is(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    given = finished[0] / "mae.safetensors"
+    more = ["--agent.class", "tube", "--evaluate.no-baseline", "--steps", "4", "--mae.checkpoint", str(given)]
+    for frozen in (True, False):
+        done = tats("run", "quickstart", *SHORT, *more, *["--mae.frozen"] * frozen, out=tmp_path)
+        assert done.returncode == 0, done.stderr
+    weights = [load_learner(path).model.state_dict() for path in (given, *sorted(tmp_path.glob("*/mae.safetensors")))]
+    changed = [any(not torch.equal(found[name], weights[0][name]) for name in found) for found in weights[1:]]
+    assert changed == [False, True]
+    done = tats("run", "quickstart", "--mae.checkpoint", str(tmp_path / "no.safetensors"), out=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("mae.checkpoint: checkpoint ")
 
 
 def test_run_on_a_folder_of_ones_own_videos_skips_the_broken_ones(tmp_path: Path) -> None:
