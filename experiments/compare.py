@@ -38,6 +38,11 @@ CURVE = "mask/random_mask_error"
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 POLL_SECONDS = 0.3
+CAPTION = (
+    "Mean ± standard deviation over seeds, on the same validation clips. Last but one: the error under uniform random "
+    "masks less that of the agent called random with the same seed; bootstrap interval over seeds, too narrow with few "
+    "of them. "
+)
 WIDTH = 140
 """Columns where there is no terminal that has a width of its own."""
 _START = "import sys; sys.path.pop(0); from experiments.cli import main; raise SystemExit(main())"
@@ -167,7 +172,8 @@ class Comparison:
         if not path.is_file():
             return np.zeros(0), np.zeros(0)
         with path.open() as file:
-            rows = [row for row in csv.DictReader(file) if row.get(CURVE) and row.get("time/total_timesteps")]
+            # A row that is still being written is short, which DictReader fills with None
+            rows = [row for row in csv.DictReader(file) if None not in row.values() and row.get(CURVE)]
         clips = np.array([float(row["time/total_timesteps"]) / run.rounds for row in rows])
         return clips, np.array([float(row[CURVE]) for row in rows])
 
@@ -348,13 +354,7 @@ def compare(config: CompareConfig, minutes: float | None = None) -> int:
     results = this.results()
     if results:
         headings, rows = _cells(this.write())
-        caption = (
-            "Mean ± standard deviation over seeds, on the same validation clips. Last but one: the error under uniform "
-        )
-        caption += (
-            "random masks less that of the agent called random with the same seed; bootstrap interval over seeds, "
-        )
-        caption += "too narrow with few of them. "
+        caption = CAPTION
         if len({figures.get("mae_updates") for figures in results.values()}) > 1:
             caption += "The MAEs did not all make the same number of updates: see mae_updates in cells.csv."
         table = Table(*headings, title=config.name, caption=caption, caption_justify="left")

@@ -51,10 +51,13 @@ class CompareConfig(Section):
             agent = dict(self.agents[name])
             own = agent.pop("run", {})
             values = deepcopy(self.run)
+            where = f"{source}: agents.{name}"
+            if not isinstance(own, dict):
+                problems.append(f"{where}: run: {own!r} is not a mapping of a run's keys to values")
+                continue
             for key, value in own.items():
                 shared = values.get(key)
                 values[key] = {**shared, **value} if isinstance(shared, dict) and isinstance(value, dict) else value
-            where = f"{source}: agents.{name}"
             given = [key for key in ("name", "out", "seed", "mask_ratio", "agent") if key in values]
             if given:
                 problems.append(f"{where}: run.{given[0]}: the grid itself says this; leave it out")

@@ -173,9 +173,9 @@ class MaskingTask:
     def _key(self, episode: int, position: int, purpose: int) -> Tensor:
         return keyed_bits(self.seeds, episode, position, purpose)
 
-    def _order(self, purpose: int) -> Tensor:
+    def _order(self, purpose: int, position: int) -> Tensor:
         """A random permutation of the tokens of each of the present clips, on the device: [B, N]."""
-        key = self._key(self.episode, self.position, purpose).to(self.device, non_blocking=True)
+        key = self._key(self.episode, position, purpose).to(self.device, non_blocking=True)
         return keyed_order(key, self.grid.num_tokens)
 
     def _choose(self, episode: int, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +234,7 @@ class MaskingTask:
     def _pick(self, scores: Tensor) -> Tensor:
         """Indices [B, num_picks], ascending, of the highest scores [B, N] among the tokens not shown yet."""
         open_scores = scores.nan_to_num(0.0).scatter(1, self.shown, -torch.inf)
-        return top_tokens(open_scores, self.num_picks, self._order(_TIES))
+        return top_tokens(open_scores, self.num_picks, self._order(_TIES, self.position))
 
     def _show(self, visible: Tensor) -> Tensor:
         """Reconstruct the present clips from the visible tokens, indices [B, .], ascending; returns the reward [B]."""
@@ -253,7 +253,9 @@ class MaskingTask:
 
     def _uniform_visible(self) -> Tensor:
         """A uniform random mask of the same budget for each of the present clips: indices [B, K], ascending."""
-        return self._order(_UNIFORM)[:, : self.num_visible].sort(dim=1).values
+        # Keyed by the clip: the same for each decision about it
+        order = self._order(_UNIFORM, self.position % self.num_clips)
+        return order[:, : self.num_visible].sort(dim=1).values
 
     def random_mask_error(self) -> Tensor:
         """The yardstick: the MAE's mean error on the present clips under uniform random masks, a scalar."""

@@ -204,6 +204,7 @@ def test_statistics_are_those_of_the_seeds() -> None:
         ({"agents": {"a": {"class": "tub"}}}, "agents.a: agent.class: 'tub' is unknown; give one of ppo, adamae"),
         ({"run": {"steps": 0}}, "agents.random: steps: 0 is not above 0"),
         ({"run": {"seed": 3}}, "agents.random: run.seed: the grid itself says this; leave it out"),
+        ({"agents": {"a": {"class": "tube", "run": 5}}}, "agents.a: run: 5 is not a mapping of a run's keys to values"),
         ({"sed": [1]}, "sed: unknown key; did you mean seeds?"),
         ({"seeds": []}, "seeds: "),
         ({"mask_ratios": [1.5]}, "agents.random: mask_ratio: 1.5 is not below 1"),

@@ -344,3 +344,15 @@ def test_our_ppo_with_gamma_one_lowers_the_error_further_than_random_masks() -> 
     fresh = make_vec(512, mae=trained(), output="torch")
     gain = total_fall(fresh, agent) - total_fall(fresh, RandomMask(fresh))
     assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain)), f"{gain.mean():.4f}"
+
+
+def test_the_yardstick_of_a_clip_is_the_same_mask_in_every_round_and_in_one_shot() -> None:
+    one_shot = make_vec(name="TATSMasking-v0", output="torch").unwrapped
+    rounds = make_vec(output="torch", rounds=ROUNDS).unwrapped
+    masks = []
+    for env, steps in ((one_shot, 1), (rounds, ROUNDS)):
+        env.reset(seed=3)
+        for _ in range(steps):
+            env.step(torch.zeros(2, N))
+            masks.append(env.task.decision.uniform_visible)
+    assert all(torch.equal(mask, masks[0]) for mask in masks[1:])
