@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from experiments.config import RunConfig, load_config, override_config
+from experiments.config import load_config, override_config
 from experiments.grid import compare_usage, load_grid
 from experiments.refusals import ConfigError
+from experiments.schema import RunConfig
 from experiments.yaml_files import packaged_configs
 
 _HELP = ("-h", "--help")

@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from scipy.stats import bootstrap
 
-from experiments.config import RunConfig, dump_config, load_config
+from experiments.config import dump_config, load_config
 from experiments.grid import CompareConfig
 from experiments.refusals import ConfigError
 from experiments.run import LOCK
+from experiments.schema import RunConfig
 
 Cell = tuple[str, float, int]
 """Agent, mask ratio, seed."""

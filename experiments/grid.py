@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from experiments.config import RunConfig, Section, check_text, parse, parse_config
+from experiments.config import parse, parse_config
 from experiments.refusals import ConfigError
+from experiments.schema import RunConfig, Section, check_text
 from experiments.yaml_files import packaged_configs, read_yaml, set_value
 
 

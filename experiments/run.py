@@ -21,10 +21,11 @@ from agents import AGENTS
 from agents.base import resolve_agent
 from agents.hooks import LogHook, MAEUpdateHook
 from agents.ppo import PPO, SETTINGS
-from experiments.config import AgentConfig, OtherAgentConfig, RunConfig, dump_config
+from experiments.config import dump_config
 from experiments.evaluation import evaluate_sampler, linear_probe, table_row
 from experiments.progress import RunProgress
 from experiments.refusals import ConfigError, close, did_you_mean
+from experiments.schema import AgentConfig, OtherAgentConfig, RunConfig
 from tats_env.data import VideoSet, open_dataset, write_bad_videos
 from tats_env.grid import TokenGrid
 from tats_env.mae import MAELearner, load_learner, save_learner
@@ -125,11 +126,11 @@ class Run:
             "seed": config.seed,
             "compile": mae.compile,
         }
-        if mae.checkpoint is not None:
+        if mae.init is not None:
             try:
-                learner = load_learner(mae.checkpoint, **options)
+                learner = load_learner(mae.init, **options)
             except (FileNotFoundError, ValueError) as error:
-                raise ConfigError(f"mae.checkpoint: {error}") from error
+                raise ConfigError(f"mae.init: {error}") from error
         else:
             grid = TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
             learner = MAELearner(grid, mae.size, **options)

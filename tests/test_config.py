@@ -17,23 +17,26 @@ import yaml
 from pydantic import BaseModel
 
 from experiments import cli
-from experiments.config import (
+from experiments.config import dump_config, load_config, parse_config, to_values
+from experiments.refusals import ConfigError
+from experiments.schema import (
+    RENDERED_SETS,
     REWARDS,
+    ROOTED_SETS,
     AgentConfig,
     ClipConfig,
     EvaluateConfig,
     MAEConfig,
     OtherAgentConfig,
     RunConfig,
-    dump_config,
-    load_config,
-    parse_config,
-    to_values,
 )
-from experiments.refusals import ConfigError
 from experiments.yaml_files import packaged_configs
 
 ROOT = Path(__file__).parents[1]
+SETS = (
+    "motion, scenes or folder:/path, list:/path, ssv2:/path, kinetics400:/path, ucf101:/path, hmdb51:/path, "
+    "shards:/path"
+)
 
 
 def complaint(tmp_path: Path, text: str) -> str:
@@ -68,9 +71,9 @@ def leaves(tree: dict[str, object], prefix: str = "") -> list[str]:
         ("clip_range: 0.1", "clip_range: unknown key; did you mean agent.clip_range?"),
         ("agnet: {clip_range: 0.1}", "agnet: unknown key; did you mean agent?"),
         ("mae: {learning_rte: 1}", "mae.learning_rte: unknown key; did you mean mae.learning_rate?"),
-        ("learning_rate: 1", "did you mean mae.learning_rate or agent.learning_rate?"),
+        ("learning_rate: 1", "did you mean mae.learning_rate or agent.learning_rate or probe."),
         ("agent.clip_range: 0.1", "agent.clip_range: unknown key; write it as a mapping, agent: {clip_range: ...}"),
-        ("evaluate: {xyz: 1}", "evaluate.xyz: unknown key; there are num_videos, clips, probe, baseline"),
+        ("evaluate: {xyz: 1}", "evaluate.xyz: unknown key; there are num_videos, clips, tasks, data, baseline"),
         ("1: 2", "1: unknown key; there are name, seed"),
     ],
 )
@@ -94,7 +97,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_valid_one(
         ("mae: {compile: 'yes'}", "mae.compile: 'yes' is text; expected true or false"),
         ("name: 12", "name: 12 is a whole number; expected text, such as run (put it in quotes)"),
         ("name:", "name: nothing is given; expected text, such as run"),
-        ("mae: base", "mae: 'base' is text; expected a mapping of keys to values: size, checkpoint, frozen,"),
+        ("mae: base", "mae: 'base' is text; expected a mapping of keys to values: size, init, frozen,"),
         ("mae:", "mae: nothing is given; expected a mapping of keys to values"),
     ],
 )
@@ -125,12 +128,12 @@ def test_a_wrong_type_is_refused_with_what_was_given_and_what_is_expected(tmp_pa
         ("device: gpu", "device: 'gpu' is unknown; give auto, cpu, cuda or cuda:N, such as cuda:0"),
         ("name: ../elsewhere", "name: '../elsewhere' is unknown; give a folder's name, of letters, digits"),
         ("reward: reconstruction_eror", "reward: 'reconstruction_eror' is unknown; give one of surprise,"),
-        ("data: 'folder:'", "data: 'folder:' is unknown; give motion or folder:/path/to/videos"),
-        ("data: moton", "data: 'moton' is unknown; give motion or folder:/path/to/videos; did you mean motion?"),
-        ("data: ssv2:/x/y", "data: 'ssv2:/x/y' is unknown; give motion or folder:/path/to/videos"),
+        ("data: 'folder:'", f"data: 'folder:' is unknown; give {SETS}; did you mean folder:/path?"),
+        ("data: moton", f"data: 'moton' is unknown; give {SETS}; did you mean motion?"),
+        ("data: ucf:/x/y", f"data: 'ucf:/x/y' is unknown; give {SETS}; did you mean ucf101:/x/y?"),
         (
             "data: /x/y",
-            "data: '/x/y' is unknown; give motion or folder:/path/to/videos; did you mean folder:/x/y?",
+            f"data: '/x/y' is unknown; give {SETS}; did you mean folder:/x/y?",
         ),
     ],
 )
@@ -301,7 +304,7 @@ def test_what_is_dumped_loads_back_equal(tmp_path: Path, config: RunConfig) -> N
         ("--num-videos None --agent.target-kl None", lambda c: (c.num_videos, c.agent.target_kl), (None, None)),
         ("--mae.compile", lambda c: c.mae.compile, True),
         ("--mae.compile True", lambda c: c.mae.compile, True),
-        ("--evaluate.no-probe", lambda c: c.evaluate.probe, False),
+        ("--evaluate.no-pictures", lambda c: c.evaluate.pictures, False),
         ("--agent.normalize_advantage false", lambda c: c.agent.normalize_advantage, False),
         ("--agent.credit clip", lambda c: c.agent.credit, "clip"),
         ("--clip.size 60 --clip.patch-size 10", lambda c: c.clip.num_tokens, 288),
@@ -360,7 +363,7 @@ def test_an_agent_that_cannot_be_had_is_refused(options: str, said: str) -> None
         ("--mask-ratio 1.2", "mask_ratio: 1.2 is not below 1; a ratio such as 0.9 keeps a tenth of the tokens visible"),
         ("--clip.patch_size 5", "clip.patch_size: 5 does not divide size = 32; give 4 or 8"),
         ("--seed -1", "seed: -1 is below 0; the default is 0"),
-        ("--data moton", "data: 'moton' is unknown; give motion or folder:/path/to/videos; did you mean motion?"),
+        ("--data moton", f"data: 'moton' is unknown; give {SETS}; did you mean motion?"),
     ],
 )
 def test_an_option_with_an_impossible_value_is_refused_in_the_same_words(options: str, said: str) -> None:
@@ -394,6 +397,7 @@ def test_a_configuration_cannot_be_changed_in_place() -> None:
 
 def test_names_agree_with_those_that_the_code_offers() -> None:
     from agents.credit import CREDITS, FORMS
+    from tats_env.data import listing
     from tats_env.mae import SIZES
     from tats_env.rewards import REWARDS as offered
 
@@ -401,6 +405,7 @@ def test_names_agree_with_those_that_the_code_offers() -> None:
         return set(get_args(section.model_fields[name].annotation))
 
     assert set(REWARDS) == set(offered)
+    assert RENDERED_SETS == listing.RENDERED and (*RENDERED_SETS, *ROOTED_SETS) == listing.KINDS
     assert choices(AgentConfig, "credit") == set(CREDITS)
     assert choices(AgentConfig, "form") == set(FORMS)
     assert choices(MAEConfig, "size") == set(SIZES)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 import tats_env.env
 from tats_env.grid import TokenGrid
+from tats_env.keyed import keyed_bits, keyed_order
 from tats_env.mae import MAELearner, save_learner
-from tats_env.task import keyed_bits, keyed_order, top_tokens
+from tats_env.task import top_tokens
 from tats_env.wrappers import CoTrainMAE
 
 N, K = 128, 12

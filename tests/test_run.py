@@ -98,15 +98,15 @@ def test_run_starts_from_a_checkpoint_and_leaves_a_frozen_mae_as_it_is(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     given = finished[0] / "mae.safetensors"
-    more = ["--agent.class", "tube", "--evaluate.no-baseline", "--steps", "4", "--mae.checkpoint", str(given)]
+    more = ["--agent.class", "tube", "--evaluate.no-baseline", "--steps", "4", "--mae.init", str(given)]
     for frozen in (True, False):
         done = tats("run", "quickstart", *SHORT, *more, *["--mae.frozen"] * frozen, out=tmp_path)
         assert done.returncode == 0, done.stderr
     weights = [load_learner(path).model.state_dict() for path in (given, *sorted(tmp_path.glob("*/mae.safetensors")))]
     changed = [any(not torch.equal(found[name], weights[0][name]) for name in found) for found in weights[1:]]
     assert changed == [False, True]
-    done = tats("run", "quickstart", "--mae.checkpoint", str(tmp_path / "no.safetensors"), out=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("mae.checkpoint: checkpoint ")
+    done = tats("run", "quickstart", "--mae.init", str(tmp_path / "no.safetensors"), out=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("mae.init: checkpoint ")
 
 
 def test_run_on_a_folder_of_ones_own_videos_skips_the_broken_ones(tmp_path: Path) -> None:
