@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tats_env.grid import TokenGrid, hidden_tokens, visible_mask
-from tats_env.mae import MAELearner, load_learner, save_learner
+from tats_env.mae import SIZES, MAELearner, MAESize, load_learner, save_learner
 from tats_env.mae.learner import motion_errors, patch_targets
 from tats_env.mae.model import gather_tokens
 
@@ -402,6 +402,21 @@ def test_a_checkpoint_brings_the_same_errors_back(tmp_path: Path) -> None:
     assert not same(weights(again), weights(learner))
 
 
+def test_a_size_of_ones_own_trains_and_comes_back_from_its_checkpoint(tmp_path: Path) -> None:
+    size = MAESize(24, 2, 3, 22, 1, 2, mlp_dim=31, decoder_mlp_dim=49, norm_eps=1e-3, final_norm=False)
+    learner = make(size=size)
+    widths = [block.mlp.fc1.out_features for block in (*learner.model.blocks, *learner.model.decoder_blocks)]
+    assert widths == [31, 31, 49] and learner.embed_dim == 24
+    step(learner, 2)
+    save_learner(learner, tmp_path / "mae.safetensors")
+    again = load_learner(tmp_path / "mae.safetensors", device="cpu")
+    assert again.size == size
+    assert torch.equal(
+        again.errors(moving_ramps(), masks()).token_error, learner.errors(moving_ramps(), masks()).token_error
+    )
+    assert same(weights(make(size=SIZES["tiny"], seed=2)), weights(make(size="tiny", seed=2)))
+
+
 def test_a_missing_checkpoint_is_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         load_learner(tmp_path / "none.safetensors", device="cpu")
@@ -440,6 +455,9 @@ def test_a_checkpoint_with_parts_missing_is_refused(tmp_path: Path) -> None:
     part = {name: x for name, x in learner.model.state_dict().items() if name != "mask_token"}
     wide = {**learner.model.state_dict(), "mask_token": torch.zeros(1, 1, 7)}
     cases = [(part, good), (wide, good), (learner.model.state_dict(), {**good, "grid": "{"})]
+    cases += [
+        (learner.model.state_dict(), {**good, "size": size}) for size in ('{"wide": 3}', '{"embed_dim": 24', "[]")
+    ]
     cases += [(learner.model.state_dict(), {k: v for k, v in good.items() if k != key}) for key in good]
     for tensors, metadata in cases:
         save_file(dict(tensors), tmp_path / "partial", metadata)

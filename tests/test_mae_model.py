@@ -169,6 +169,29 @@ def test_sizes_have_the_published_numbers_of_parameters(size: str, encoder: floa
     assert everything is None or sum(millions.values()) == pytest.approx(everything, rel=0.005)
 
 
+def test_a_full_size_network_on_the_meta_device_allocates_nothing() -> None:
+    with torch.device("meta"):
+        model = VideoMAE(TokenGrid(), SIZES["base"])
+        patches = torch.empty(2, 78, TokenGrid().patch_dim)
+        visible, hidden = torch.empty(2, 78, dtype=torch.int64), torch.empty(2, 1490, dtype=torch.int64)
+        predicted = model(patches, visible, hidden)
+    assert all(x.is_meta for x in (*model.parameters(), *model.buffers(), predicted))
+    assert predicted.shape == (2, 1490, TokenGrid().patch_dim)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "num_heads=5 does not divide embed_dim=24"),
+        ({"decoder_num_heads": 0}, "decoder_num_heads=0 does not divide decoder_embed_dim=12"),
+        ({"decoder_embed_dim": 16, "separable_positions": True}, "decoder_embed_dim=16: .* a multiple of 3"),
+    ],
+)
+def test_a_size_that_cannot_be_built_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SMALLEST, **changes)
+
+
 def test_the_tiny_size_has_about_half_a_million_parameters_in_the_default_environment() -> None:
     model = VideoMAE(TokenGrid(16, 32, 32, 2, 8), SIZES["tiny"])
     assert sum(x.numel() for x in model.parameters()) == pytest.approx(0.5e6, rel=0.1)

@@ -1,8 +1,9 @@
-"""MAE checkpoints: safetensors, so that loading one never runs code."""
+"""MAE checkpoints: safetensors of ours, or a Hugging Face folder, so that loading one never runs code."""
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,32 +14,47 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tats_env.grid import TokenGrid
+from tats_env.mae.huggingface import PREFIX, read_huggingface
 from tats_env.mae.learner import MAELearner
+from tats_env.mae.model import SIZES, MAESize
 
 FORMAT = "tats-env mae 1"
+_log = logging.getLogger("tats_env.mae")
 
 
 def save_learner(learner: MAELearner, path: str | Path) -> None:
     """Write the MAE's weights, size and token grid to one safetensors file."""
-    metadata = {"format": FORMAT, "size": learner.size, "grid": json.dumps(asdict(learner.grid))}
+    size = learner.size if isinstance(learner.size, str) else json.dumps(asdict(learner.size))
+    metadata = {"format": FORMAT, "size": size, "grid": json.dumps(asdict(learner.grid))}
     save_file({name: x.contiguous() for name, x in learner.model.state_dict().items()}, str(path), metadata)
 
 
 def load_learner(path: str | Path, *, device: str | torch.device = "auto", **options: Any) -> MAELearner:
-    """Bring back a learner from ``save_learner``'s file, with a new optimiser.
+    """Bring back a learner from ``save_learner``'s file, or make one of a Hugging Face VideoMAE; the optimiser is new.
+
+    A folder without a decoder (VideoMAEModel, VideoMAEForVideoClassification) gives the encoder; the decoder then
+    starts from its initial weights, and a warning is logged.
 
     Args:
-        path: the safetensors file.
+        path: the safetensors file; or ``hf:`` and a local folder as ``save_pretrained`` writes it, or just the folder.
         device: where to put it.
         **options: of ``MAELearner``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not such a checkpoint.
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if it is not such a checkpoint.
     """
+    if str(path).startswith(PREFIX) or Path(path).is_dir():
+        found = read_huggingface(str(path).removeprefix(PREFIX))
+        learner = MAELearner(found.grid, found.size, device=device, **options)
+        learner.model.load_state_dict(learner.model.state_dict() | found.weights)
+        if not found.has_decoder:
+            _log.warning("%s holds an encoder alone: the decoder starts from its initial weights", path)
+        return learner
     metadata, weights = read_checkpoint(path, FORMAT)
     try:
-        grid, size = TokenGrid(**json.loads(metadata["grid"])), metadata["size"]
+        grid, named = TokenGrid(**json.loads(metadata["grid"])), metadata["size"]
+        size = named if named in SIZES else MAESize(**json.loads(named))
         learner = MAELearner(grid, size, device=device, **options)
         learner.model.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:

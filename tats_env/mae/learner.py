@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tats_env.grid import TokenGrid, hidden_tokens
 from tats_env.guard import GuardedOptimizer
-from tats_env.mae.model import SIZES, VideoMAE, gather_tokens
+from tats_env.mae.model import SIZES, MAESize, VideoMAE, gather_tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -88,7 +88,7 @@ class MAELearner:
 
     Args:
         grid: token geometry of the clips.
-        size: a name of ``SIZES``.
+        size: a name of ``SIZES``, or a size of your own.
         batch_size: clips in one update, over all processes; a base learning rate is scaled by it.
         learning_rate: absolute learning rate.
         base_learning_rate: learning rate for 256 clips. With neither, the size's own rule holds.
@@ -106,7 +106,7 @@ class MAELearner:
     def __init__(
         self,
         grid: TokenGrid,
-        size: str = "tiny",
+        size: str | MAESize = "tiny",
         *,
         batch_size: int = 1,
         learning_rate: float | None = None,
@@ -118,18 +118,19 @@ class MAELearner:
         seed: int = 0,
         compile: bool = False,
     ) -> None:
-        if size not in SIZES:
+        if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"mae size {size!r} is unknown; give one of {', '.join(SIZES)}, or a checkpoint's path")
         if learning_rate is not None and base_learning_rate is not None:
             raise ValueError("give learning_rate (absolute) or base_learning_rate (for 256 clips), not both")
         self.grid, self.size, self.device = grid, size, resolve_device(device)
+        shape = SIZES[size] if isinstance(size, str) else size
         if learning_rate is None and base_learning_rate is None:
-            learning_rate = SIZES[size].learning_rate
+            learning_rate = shape.learning_rate
         if learning_rate is None:
             learning_rate = (1.5e-4 if base_learning_rate is None else base_learning_rate) * batch_size / 256
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
-            self.model = VideoMAE(grid, SIZES[size]).to(self.device)
+            self.model = VideoMAE(grid, shape).to(self.device)
         self.network: Any = torch.compile(self.model) if compile else self.model
         groups = param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=self.model.no_weight_decay())
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
@@ -159,7 +160,7 @@ class MAELearner:
     @property
     def embed_dim(self) -> int:
         """D, the width of a token."""
-        return SIZES[self.size].embed_dim
+        return self.model.size.embed_dim
 
     def train(self, mode: bool = True) -> MAELearner:
         """In training mode ``reconstruct`` keeps its graph for ``update``; leaving it drops the graph that waited."""

@@ -19,7 +19,11 @@ from tats_env.grid import TokenGrid
 
 @dataclass(frozen=True)
 class MAESize:
-    """Width, depth and heads of encoder and decoder, and the learning rate that the size is trained with."""
+    """Width, depth and heads of encoder and decoder, and the learning rate that the size is trained with.
+
+    Raises:
+        ValueError: if the heads do not divide a width, or separable positions can't share it out.
+    """
 
     embed_dim: int
     depth: int
@@ -31,6 +35,24 @@ class MAESize:
     """Absolute; None where the published rule holds, 1.5e-4 for every 256 clips of the global batch."""
     separable_positions: bool = False
     """Positions by (t, h, w) rather than VideoMAE's by flat token index."""
+    mlp_dim: int | None = None
+    """Hidden width of the encoder's MLPs; None is 4 * embed_dim."""
+    decoder_mlp_dim: int | None = None
+    """Hidden width of the decoder's MLPs; None is 4 * decoder_embed_dim."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm but the decoder's last."""
+    decoder_norm_eps: float = 1e-6
+    """Epsilon of the decoder's last LayerNorm."""
+    final_norm: bool = True
+    """Whether the encoder ends in a LayerNorm."""
+
+    def __post_init__(self) -> None:
+        for prefix in ("", "decoder_"):
+            dim, heads = getattr(self, f"{prefix}embed_dim"), getattr(self, f"{prefix}num_heads")
+            if dim < 1 or heads < 1 or dim % heads:
+                raise ValueError(f"{prefix}num_heads={heads} does not divide {prefix}embed_dim={dim}: give a divisor")
+            if self.separable_positions and dim % 3:
+                raise ValueError(f"{prefix}embed_dim={dim}: separable positions need a multiple of 3")
 
 
 SIZES = {
@@ -74,19 +96,25 @@ class VideoMAE(nn.Module):
 
     def __init__(self, grid: TokenGrid, size: MAESize) -> None:
         super().__init__()
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=size.norm_eps)
 
-        def blocks(depth: int, dim: int, heads: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        def blocks(depth: int, dim: int, heads: int, mlp_dim: int | None) -> nn.ModuleList:
+            ratio = 4.0 if mlp_dim is None else (mlp_dim + 0.5) / dim  # timm rounds dim * ratio down
+            return nn.ModuleList(
+                Block(dim, heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+            )
 
+        self.size = size
         self.num_tokens = grid.num_tokens
         self.patch_embed = nn.Linear(grid.patch_dim, size.embed_dim)
-        self.blocks = blocks(size.depth, size.embed_dim, size.num_heads)
-        self.norm = norm(size.embed_dim)
+        self.blocks = blocks(size.depth, size.embed_dim, size.num_heads, size.mlp_dim)
+        self.norm = norm(size.embed_dim) if size.final_norm else nn.Identity()
         self.decoder_embed = nn.Linear(size.embed_dim, size.decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.decoder_embed_dim))
-        self.decoder_blocks = blocks(size.decoder_depth, size.decoder_embed_dim, size.decoder_num_heads)
-        self.decoder_norm = norm(size.decoder_embed_dim)
+        self.decoder_blocks = blocks(
+            size.decoder_depth, size.decoder_embed_dim, size.decoder_num_heads, size.decoder_mlp_dim
+        )
+        self.decoder_norm = nn.LayerNorm(size.decoder_embed_dim, eps=size.decoder_norm_eps)
         self.decoder_head = nn.Linear(size.decoder_embed_dim, grid.patch_dim)
         for name, dim in (("pos_embed", size.embed_dim), ("decoder_pos_embed", size.decoder_embed_dim)):
             self.register_buffer(name, position_table(grid, dim, size.separable_positions), persistent=False)
@@ -109,12 +137,15 @@ class VideoMAE(nn.Module):
         """Embedding plus position of all tokens: patches [B, N, P] -> [B, N, D]."""
         return self.patch_embed(patches) + self.pos_embed
 
-    def encode(self, visible_patches: Tensor, visible: Tensor) -> Tensor:
-        """Latents of the visible tokens: patches [B, K, P] at indices [B, K] -> [B, K, D]."""
+    def encode(self, visible_patches: Tensor, visible: Tensor, *, final_norm: bool = True) -> Tensor:
+        """Latents of the visible tokens: patches [B, K, P] at indices [B, K] -> [B, K, D].
+
+        A classifier that pools the latents and normalises the mean, as VideoMAE's does, asks for ``final_norm=False``.
+        """
         x = self.patch_embed(visible_patches) + gather_tokens(self.pos_embed, visible)
         for block in self.blocks if visible.shape[1] else ():  # not every kernel takes an empty sequence
             x = block(x)
-        return self.norm(x)
+        return self.norm(x) if final_norm else x
 
     def decode(self, latents: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """Predicted pixels of the hidden tokens: latents [B, K, D] -> [B, N - K, P]."""
