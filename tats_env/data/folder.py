@@ -6,10 +6,10 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from tats_env.data.listing import Listing
 from tats_env.data.reader import DataError
 
 EXTENSIONS = (
@@ -38,41 +38,39 @@ def _find(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _digest(path: Path) -> bytes:
-    return hashlib.sha256(os.fsencode(path.as_posix())).digest()
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(os.fsencode(name)).digest()
 
 
-def _class_of(path: Path) -> str:
-    return path.parts[0] if len(path.parts) > 1 else ""
+def share_out(names: Sequence[str], classes: Sequence[Hashable]) -> dict[str, list[int]]:
+    """Which of the videos [V] are for training and which for validation: indices, in order, by split.
 
-
-def _split(videos: list[Path]) -> dict[str, list[Path]]:
-    """Share out relative paths by the hash of their names: the same on every machine and in every run."""
-    strata: dict[str, list[Path]] = defaultdict(list)
-    for path in videos:
-        strata[_class_of(path)].append(path)
+    A fifth is held out: those whose name hashes highest, within each class of five or more. So the split is the same
+    on every machine and in every run. A single video serves for both, with a warning.
+    """
+    if len(names) == 1:
+        _log.warning("%s is the only video: it serves for both training and validation", names[0])
+        return {"train": [0], "validation": [0]}
+    strata: dict[Hashable, list[int]] = defaultdict(list)
+    for i, name in enumerate(classes):
+        strata[name].append(i)
     small = [name for name, members in strata.items() if len(members) < _SMALLEST_STRATUM]
-    pooled = [path for name in small for path in strata.pop(name)]
-    parts: dict[str, list[Path]] = {"train": [], "validation": []}
+    pooled = [i for name in small for i in strata.pop(name)]
+    parts: dict[str, list[int]] = {"train": [], "validation": []}
     for members in (*strata.values(), pooled):
-        ordered = sorted(members, key=_digest)
+        ordered = sorted(members, key=lambda i: _digest(names[i]))
         held_out = max(1, round(VALIDATION_SHARE * len(ordered))) if len(ordered) > 1 else 0
         parts["train"] += ordered[: len(ordered) - held_out]
         parts["validation"] += ordered[len(ordered) - held_out :]
-    return {name: sorted(part) for name, part in parts.items()}
+    return {split: sorted(part) for split, part in parts.items()}
 
 
-def list_videos(
-    root: Path, split: str, num_videos: int | None = None, seed: int = 0
-) -> tuple[list[Path], list[int], list[str]]:
+def list_folder(root: Path, split: str) -> Listing:
     """The files of one split of a folder, without opening any.
 
     The whole tree is searched (hidden files and folders left out). The class of a file is the first-level subfolder
-    it lies under; one directly in ``root`` has none, -1. A fifth of the videos is held out for validation: those
-    whose relative path hashes highest, within each class of five or more.
-
-    Returns:
-        paths [V], labels [V], and the class names: all of the folder's, sorted, in both splits.
+    it lies under; one directly in ``root`` has none, -1. A fifth of the videos is held out for validation, chosen by
+    their paths within ``root`` (see ``share_out``). The class names are all of the folder's, sorted, in both splits.
 
     Raises:
         DataError: if the folder is missing or holds no video.
@@ -82,14 +80,8 @@ def list_videos(
     videos = _find(root)
     if not videos:
         raise DataError(f"no video under {root}; looked for {' '.join(EXTENSIONS)}")
-    class_names = sorted({_class_of(path) for path in videos} - {""})
-    if len(videos) == 1:
-        _log.warning("%s holds one video: it serves for both training and validation", root)
-        chosen = videos
-    else:
-        chosen = _split(videos)[split]
-    if num_videos is not None and num_videos < len(chosen):
-        picks = np.random.default_rng(seed).choice(len(chosen), num_videos, replace=False)
-        chosen = [chosen[i] for i in sorted(picks)]
-    number = {name: i for i, name in enumerate(class_names)}
-    return [root / path for path in chosen], [number.get(_class_of(path), -1) for path in chosen], class_names
+    classes = [path.parts[0] if len(path.parts) > 1 else "" for path in videos]
+    class_names = sorted(set(classes) - {""})
+    number = {name: i for i, name in enumerate(class_names)} | {"": -1}
+    chosen = share_out([path.as_posix() for path in videos], classes)[split]
+    return Listing([root / videos[i] for i in chosen], [number[classes[i]] for i in chosen], class_names)
