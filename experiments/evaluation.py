@@ -1,21 +1,19 @@
-"""What a trained MAE and its sampler are worth: errors under masks, motion lift, and a linear probe."""
+"""What a trained MAE and its sampler are worth: errors under masks and motion lift."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from agents.base import Agent
 from agents.meter import motion_lift
+from experiments.probes import run_probes
+from experiments.schema import ProbeConfig
 from tats_env.data import VideoSet
 from tats_env.mae import MAELearner
 from tats_env.vector_env import TATSMaskingVectorEnv
-
-PROBE_WEIGHT_DECAY = 1e-3
-PROBE_ITERATIONS = 200
 
 
 def evaluate_sampler(agent: Agent, env: TATSMaskingVectorEnv, num_clips: int, seed: int) -> dict[str, float | None]:
@@ -56,49 +54,10 @@ def evaluate_sampler(agent: Agent, env: TATSMaskingVectorEnv, num_clips: int, se
     }
 
 
-def clip_features(mae: MAELearner, videos: VideoSet, batch_size: int = 64) -> Tensor:
-    """The frozen encoder's features of each video's middle clip, averaged over space, frame pair by frame pair.
-
-    Returns:
-        float32 [V, T' * D].
-    """
-    features = []
-    for first in range(0, len(videos), batch_size):
-        index = torch.arange(first, min(first + batch_size, len(videos))).numpy()
-        start = (videos.lengths[index] - videos.clip_span).clip(0) // 2
-        features.append(mae.features(videos.clips(index, start, mae.device)).mean(2).flatten(1))
-    return torch.cat(features)
-
-
 def linear_probe(mae: MAELearner, train: VideoSet, test: VideoSet) -> float | None:
-    """Top-1 accuracy of a linear classifier on frozen features (``clip_features``), trained to convergence by L-BFGS.
-
-    Returns:
-        A share in [0, 1]; None if there are not two classes to tell apart.
-    """
-    if len(set(train.labels[train.labels >= 0].tolist())) < 2 or not (test.labels >= 0).any():
-        return None
-
-    def labelled(videos: VideoSet) -> tuple[Tensor, Tensor]:
-        x, y = clip_features(mae, videos), torch.as_tensor(videos.labels, device=mae.device)
-        return x[y >= 0], y[y >= 0]
-
-    (x, y), (x_test, y_test) = labelled(train), labelled(test)
-    mean, deviation = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
-    weight = torch.zeros(x.shape[1], len(train.class_names), device=x.device, requires_grad=True)
-    bias = torch.zeros(len(train.class_names), device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=PROBE_ITERATIONS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, y) + PROBE_WEIGHT_DECAY * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    with torch.no_grad():
-        return float(((x_test @ weight + bias).argmax(1) == y_test).float().mean())
+    """Top-1 accuracy of the linear probe; None if there are not two classes to tell apart."""
+    scores = run_probes(mae, train, test, ["linear"], ProbeConfig())
+    return scores["linear"].top1 if scores else None
 
 
 def table_row(metrics: dict[str, Any], columns: dict[str, str]) -> list[str]:
