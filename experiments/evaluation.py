@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from agents.base import Agent
 from agents.meter import motion_lift
-from experiments.probes import run_probes
-from experiments.schema import ProbeConfig
-from tats_env.data import VideoSet
-from tats_env.mae import MAELearner
 from tats_env.vector_env import TATSMaskingVectorEnv
 
 
@@ -52,14 +46,3 @@ def evaluate_sampler(agent: Agent, env: TATSMaskingVectorEnv, num_clips: int, se
         "random_mask_error": float(torch.cat(uniform).mean()),
         "motion_lift": float(motion_lift(torch.cat(shown), torch.cat(moving))) if shown else None,
     }
-
-
-def linear_probe(mae: MAELearner, train: VideoSet, test: VideoSet) -> float | None:
-    """Top-1 accuracy of the linear probe; None if there are not two classes to tell apart."""
-    scores = run_probes(mae, train, test, ["linear"], ProbeConfig())
-    return scores["linear"].top1 if scores else None
-
-
-def table_row(metrics: dict[str, Any], columns: dict[str, str]) -> list[str]:
-    """One sampler's metrics as text, a dash where there is none."""
-    return ["-" if metrics.get(name) is None else format(metrics[name], spec) for name, spec in columns.items()]

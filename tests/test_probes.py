@@ -17,7 +17,6 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from experiments import features, probes
-from experiments.evaluation import linear_probe
 from experiments.features import Features, StoredTokens, extract, pool
 from experiments.probes import PROBES, AttentiveProbe, attentive, knn, linear, run_probes
 from experiments.schema import ProbeConfig
@@ -426,7 +425,6 @@ def test_without_two_classes_to_tell_apart_there_are_no_scores(
     same.labels[:], unknown.labels[:] = 3, -1
     for train, test in ((same, test_set), (unknown, test_set), (train_set, unknown)):
         assert run_probes(mae, train, test, ["linear", "knn"], QUICK) == {}
-        assert linear_probe(mae, train, test) is None
     assert not encoded
 
 
