@@ -78,17 +78,18 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
 
     | Parameter | Default | Meaning |
     |-----------|---------|---------|
-    | `dataset` | `"motion"` | `motion` (rendered on first use), `folder:/path`, or an open `VideoSet` |
+    | `dataset` | `"motion"` | `motion` or `scenes` (rendered on first use), `folder:/path` or another name that `tats_env.data.open_dataset` knows, or the open `VideoSet` that it gives, with sampling, crops and decoding as you like |
     | `split` | `"train"` | or `validation` |
     | `num_videos` | `60` | videos used of that split; `None` for all of a folder |
     | `mask_ratio` | `0.9` | share of hidden tokens |
     | `num_frames`, `frame_stride`, `size` | `16`, `1`, `32` | frames of a clip, video frames from one to the next, pixels a side |
     | `tubelet_size`, `patch_size` | `2`, `8` | frames and pixels of a token |
-    | `mae` | `"tiny"` | a size (`tiny`, `small`, `base`, `large`), a checkpoint's path, or a live `MAELearner` |
+    | `mae` | `"tiny"` | a size (`tiny`, `small`, `base`, `large`), a checkpoint's path, `hf:/folder` for a Hugging Face VideoMAE on disk, or a live `MAELearner` |
     | `mae_seed` | `0` | of the MAE's initial weights |
     | `reward` | `"surprise"` | see above |
     | `observation` | `"tokens"` | or `pixels`, or `foreground` (rendered sets, for oracles only) |
     | `horizon` | `1` | clips in an episode |
+    | `repeats` | `1` | environments in a row that share one decoded clip, each under its own crop and mask; divides `num_envs` |
     | `foreground` | `False` | put the true moving foreground into the info (rendered sets, for evaluation only) |
     | `device` | `"auto"` | CUDA where there is one |
     | `render_mode` | `None` | or `rgb_array`: clip, visible tokens, reconstruction and error, frames side by side |

@@ -17,11 +17,12 @@ from tats_env.data import VideoSet, open_dataset
 from tats_env.grid import TokenGrid, token_budget, visible_mask
 from tats_env.keyed import keyed_bits, keyed_order
 from tats_env.mae import SIZES, MAELearner, load_learner
+from tats_env.mae.huggingface import PREFIX as HUGGINGFACE
 from tats_env.mae.learner import resolve_device
 from tats_env.rewards import Decision, Reward, resolve_reward
 
 OBSERVATIONS = ("tokens", "pixels", "foreground")
-_CLIP, _TIES, _UNIFORM = 1, 2, 3  # what a random number is for
+_CLIP, _TIES, _UNIFORM, _CROP = 1, 2, 3, 4  # what a random number is for
 
 
 class TaskOptions(TypedDict, total=False):
@@ -41,6 +42,7 @@ class TaskOptions(TypedDict, total=False):
     reward: str | Reward
     observation: str
     horizon: int
+    repeats: int
     foreground: bool
     device: str | torch.device
 
@@ -84,6 +86,7 @@ class MaskingTask:
         reward: str | Reward = "surprise",
         observation: str = "tokens",
         horizon: int = 1,
+        repeats: int = 1,
         foreground: bool = False,
         device: str | torch.device = "auto",
     ) -> None:
@@ -91,11 +94,14 @@ class MaskingTask:
             raise ValueError(f"observation {observation!r} is unknown; give one of {', '.join(OBSERVATIONS)}")
         if horizon < 1:
             raise ValueError(f"horizon={horizon}: an episode has at least one clip")
+        if repeats < 1 or num_envs % repeats:
+            raise ValueError(f"repeats={repeats}: must divide the number of environments, {num_envs}")
         if multiprocessing.current_process().daemon:
             # A worker forked from a parent that has used torch would wait for ever for the parent's OpenMP threads.
             torch.set_num_threads(1)
         self.num_envs, self.horizon, self.observation = num_envs, horizon, observation
         self.num_clips = horizon  # in an episode, which has `horizon` decisions
+        self.repeats = repeats
         self.grid = TokenGrid(num_frames, size, size, tubelet_size, patch_size)
         self.num_visible = token_budget(self.grid.num_tokens, mask_ratio)
         self.num_picks = self.num_visible  # tokens that one action chooses
@@ -134,12 +140,19 @@ class MaskingTask:
                 raise ValueError(f"device={str(device)!r}, but the given mae lives on {learner.device}")
         elif str(mae) in SIZES:
             learner = MAELearner(self.grid, str(mae), batch_size=self.num_envs, device=device, seed=seed)
-        elif Path(mae).is_file():
-            learner = load_learner(mae, device=device, batch_size=self.num_envs)
+        elif str(mae).startswith(HUGGINGFACE) or Path(mae).exists():
+            learner = load_learner(mae, device=device, batch_size=self.num_envs, seed=seed)
         else:
-            raise ValueError(f"mae={str(mae)!r} is neither a size ({', '.join(SIZES)}) nor a checkpoint file")
+            raise ValueError(
+                f"mae={str(mae)!r} is neither a size ({', '.join(SIZES)}) nor a checkpoint: give a file of "
+                f"save_learner, or {HUGGINGFACE}/folder for a Hugging Face VideoMAE"
+            )
         if learner.grid != self.grid:
-            raise ValueError(f"the mae was made for {learner.grid}, but this environment's clips are {self.grid}")
+            made = learner.grid
+            raise ValueError(
+                f"the mae was made for {made}, but this environment's clips are {self.grid}: give it num_frames="
+                f"{made.num_frames}, size={made.height}, tubelet_size={made.tubelet_size}, patch_size={made.patch_size}"
+            )
         return learner
 
     def seed(self, seeds: Sequence[int]) -> None:
@@ -157,11 +170,14 @@ class MaskingTask:
 
     def _choose(self, episode: int, position: int) -> tuple[np.ndarray, np.ndarray]:
         """(video index [B], first frame [B]) of a clip: consecutive clips of one video within an episode."""
-        bits = keyed_bits(self._key(episode, 0, _CLIP)[:, None], torch.arange(2)).numpy() & ((1 << 62) - 1)
+        key = self._key(episode, 0, _CLIP)[:: self.repeats].repeat_interleave(self.repeats)
+        bits = keyed_bits(key[:, None], torch.arange(2)).numpy() & ((1 << 62) - 1)
         video = bits[:, 0] % len(self.videos)
-        span = self.videos.clip_span
-        room = np.maximum(self.videos.lengths[video] - self.num_clips * span, 0) + 1
-        return video, bits[:, 1] % room + position * span
+        return video, self.videos.starts(video, bits[:, 1], self.num_clips, position)
+
+    def _crops(self, episode: int, position: int) -> Tensor | None:
+        """Keys of the clips' crops and mirroring [B], where the set was opened to crop and mirror; None elsewhere."""
+        return self._key(episode, position, _CROP) if self.videos.augments else None
 
     def begin_episode(self) -> None:
         """Draw the first clip of every environment's next episode."""
@@ -180,10 +196,11 @@ class MaskingTask:
 
     def _load(self) -> None:
         self.video_index, self.start_frame = self._choose(self.episode, self.position)
-        self.clips = self.videos.clips(self.video_index, self.start_frame, self.device)
+        self.crops = self._crops(self.episode, self.position)
+        self.clips = self.videos.clips(self.video_index, self.start_frame, self.device, self.crops)
         last = self.position + 1 == self.num_clips
         following = (self.episode + 1, 0) if last else (self.episode, self.position + 1)
-        self.videos.prefetch(*self._choose(*following))
+        self.videos.prefetch(*self._choose(*following), self._crops(*following))
 
     @torch.no_grad()
     def observe(self) -> Tensor:
@@ -254,7 +271,8 @@ class MaskingTask:
 
     def foreground(self) -> Tensor:
         """Share of each token's pixels on moving foreground, of the present clips: float32 [B, N]."""
-        return self.grid.token_share(self.videos.foreground(self.video_index, self.start_frame, self.device))
+        pixels = self.videos.foreground(self.video_index, self.start_frame, self.device, self.crops)
+        return self.grid.token_share(pixels)
 
     def identity_info(self) -> dict[str, Tensor]:
         """Which clips are present: video, first frame, and class (-1 if unknown), int64 [B] each."""

@@ -17,8 +17,9 @@ from filelock import FileLock
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
-from tats_env.data import DataError, VideoSet, motion, open_dataset, video_set, write_bad_videos
-from tats_env.data.folder import EXTENSIONS, list_videos
+from tats_env.data import DataError, VideoSet, list_videos, motion, open_dataset, video_set, write_bad_videos
+from tats_env.data import stream as stream_module
+from tats_env.data.folder import EXTENSIONS, list_folder
 from tats_env.data.reader import UnreadableVideo, probe, read_frames
 
 CPU = torch.device("cpu")
@@ -227,7 +228,7 @@ def test_a_killed_render_leaves_whole_files_only_and_can_be_resumed(tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TATS_CACHE", str(tmp_path))
         paths = motion.render(0, "train", len(left) + 4)
-    assert all(probe(path) == (40, 64, 64) for path in paths)
+    assert all(probe(path) == (40, 64, 64, 24) for path in paths)
 
 
 def test_a_failing_encoder_is_reported_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def stream(monkeypatch: pytest.MonkeyPatch, *arguments: str, **options: int | st
 
 
 def test_streaming_gives_the_same_clips_as_memory(rendered: VideoSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_set, "PREFETCH_LIMIT", 10 * 16 * 64 * 64 * 3)  # ten clips
+    monkeypatch.setattr(stream_module, "AHEAD_BYTES", 10 * 16 * 64 * 64 * 3)  # ten clips
     streamed = stream(monkeypatch, "motion", size=(64, 64))
     rng = np.random.default_rng(0)
     for ahead in (False, True, True):
@@ -341,7 +342,7 @@ def test_frames_are_scaled_to_cover_and_cropped_at_the_centre(
     ffmpeg("-f", "lavfi", "-i", f"gradients=s={shape}:c0=red:c1=blue:x0=0:y0=0:x1=96:y1=64:n=2:speed=0.0001",
            "-frames:v", "2", "-c:v", "ffv1", "-pix_fmt", "bgr0", path)  # fmt: skip
     width, height = (int(n) for n in shape.split("x"))
-    assert probe(path) == (2, height, width)
+    assert probe(path)[:3] == (2, height, width)
     scale = max(size[0] / height, size[1] / width)
     top, left = (height - size[0] / scale) / 2, (width - size[1] / scale) / 2
     native = Image.fromarray(read_frames(path, (height, width))[0])
@@ -363,7 +364,8 @@ def test_classes_are_the_first_level_folders(tmp_path: Path) -> None:
     (tmp_path / "a" / "up").symlink_to(tmp_path)  # a link that goes round in circles
     found = {}
     for split in ("train", "validation"):
-        paths, labels, names = list_videos(tmp_path, split)
+        listing = list_folder(tmp_path, split)
+        paths, labels, names = listing.paths, listing.labels, listing.class_names
         assert names == ["a", "b"]
         found.update({str(path.relative_to(tmp_path)): label for path, label in zip(paths, labels, strict=True)})
     assert found == {"a/1.webm": 0, "a/2.avi": 0, "b/deep/er/1.MP4": 1, "loose.mkv": -1}
@@ -376,7 +378,7 @@ def test_the_split_is_disjoint_complete_stratified_and_the_same_in_every_place(t
         for name in names:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).touch()
-        splits = [[str(p.relative_to(root)) for p in list_videos(root, s)[0]] for s in ("train", "validation")]
+        splits = [[str(p.relative_to(root)) for p in list_folder(root, s).paths] for s in ("train", "validation")]
         found.append(splits)
     assert found[0] == found[1]
     train, validation = found[0]
@@ -389,11 +391,12 @@ def test_num_videos_is_a_choice_by_seed_with_every_class_still_named(tmp_path: P
     for i in range(40):
         (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
         (tmp_path / f"{i % 2}" / f"{i}.mp4").touch()
-    picks = [list_videos(tmp_path, "train", 5, seed)[0] for seed in (0, 0, 1)]
+    name = f"folder:{tmp_path}"
+    picks = [list_videos(name, "train", 5, seed).paths for seed in (0, 0, 1)]
     assert picks[0] == picks[1] != picks[2]
-    assert set(picks[0]) < set(list_videos(tmp_path, "train")[0]) and len(set(picks[0])) == 5
-    assert list_videos(tmp_path, "train", 1)[2] == ["0", "1"]
-    assert len(list_videos(tmp_path, "train", 1000)[0]) == 32
+    assert set(picks[0]) < set(list_videos(name, "train").paths) and len(set(picks[0])) == 5
+    assert list_videos(name, "train", 1).class_names == ["0", "1"]
+    assert len(list_videos(name, "train", 1000).paths) == 32
 
 
 def test_one_video_serves_for_both_splits_with_a_warning(
@@ -498,9 +501,14 @@ def test_more_than_half_broken_is_an_error_that_lists_ten(good: Path, tmp_path: 
 def test_what_cannot_be_opened_is_refused_with_what_would_be_right(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     for spec, options, says in (
-        ("ssv2", {}, "'motion' or 'folder:/path"),
-        ("folder:", {}, "'motion' or 'folder:/path"),
-        ("motion:x", {}, "'motion' or 'folder:/path"),
+        ("ssv2", {}, "write ssv2:/path/to/it"),
+        ("folder:", {}, "write folder:/path/to/it"),
+        ("motion:x", {}, "write motion"),
+        ("moton", {}, "did you mean motion?"),
+        ("/videos", {}, "did you mean folder:/videos?"),
+        ("ucf101:/x?fold=2", {}, "has no option 'fold'; it has split"),
+        ("motion", {"sampling": "sparse"}, "dense, uniform"),
+        ("motion", {"augment": "crop"}, "none, multi_scale, random_resized"),
         ("motion", {"split": "test"}, "train, validation"),
         (f"folder:{tmp_path / 'none'}", {}, "is not a folder"),
         (f"folder:{tmp_path}", {}, " ".join(EXTENSIONS)),

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tats_env.data.reader import DataError, UnreadableVideo, VideoInfo, num_cores, probe, read_frames
+from tats_env.data.augment import crop_and_flip, crop_boxes, flips
+from tats_env.data.index import on_all_cores, probe_all
+from tats_env.data.listing import Listing
+from tats_env.data.reader import DataError, UnreadableVideo, VideoInfo, read_frames
+from tats_env.data.sampling import dense_frames, test_starts, uniform_frames
+from tats_env.data.stream import ClipReader, ClipRequest, ClipStream
+from tats_env.keyed import keyed_uniform
+
+if TYPE_CHECKING:
+    from tats_env.data.cache import FrameCache
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded frames kept in memory; a set with more is streamed
-PREFETCH_LIMIT = 1 << 30  # bytes of clips decoded ahead when streaming
+MARGIN = 8 / 7  # of what is decoded over what a random crop makes of it: 256 pixels for 224
+POSITIONS = 5  # along the longer side, from which a random crop is taken
+CENTRE = 0.5
 
-_LISTED = 10  # unreadable files named in one message
+_LISTED = 10  # files named in one message
 _log = logging.getLogger("tats_env.data")
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-_Request = tuple[int, int]  # video, first frame
-
-
-def _each(work: Callable[[_T], _R], items: Sequence[_T], say: str, progress: bool) -> list[_R | UnreadableVideo]:
-    """``work`` on every item on all cores, in order; a video that cannot be read yields its error."""
-    from rich.progress import track
-
-    def attempt(item: _T) -> _R | UnreadableVideo:
-        try:
-            return work(item)
-        except UnreadableVideo as error:
-            return error
-
-    with ThreadPoolExecutor(num_cores()) as pool:
-        results = pool.map(attempt, items)
-        # Not track(disable=True), with which rich 14 prints an empty line
-        return list(track(results, say, total=len(items)) if progress else results)
 
 
 def _listed(bad: Iterable[tuple[str, str]]) -> str:
@@ -50,12 +40,15 @@ def _listed(bad: Iterable[tuple[str, str]]) -> str:
 class VideoSet:
     """V videos, of which clips of T frames are taken; made by ``open_dataset``.
 
-    A clip is frames ``start + t * stride`` of its video, modulo the video's length: a video shorter than
-    ``clip_span`` frames is looped. Frames are scaled to cover H x W and cropped at the centre.
+    With dense sampling a clip is frames ``start + t * stride`` of its video, modulo the video's length: a video
+    shorter than ``clip_span`` frames is looped. With uniform sampling it is one frame out of each of T equal parts of
+    the video, and ``start_frame`` is the number of the draw. Frames are counted as they are coded, also where the
+    frame rate varies. They are scaled to cover H x W and cropped at the centre; a clip that comes with a key is
+    cropped and mirrored by it, all its frames alike, if the set was opened so.
 
     If all frames fit in ``MEMORY_LIMIT``, each video is decoded once, here, and a clip is an index into one tensor,
-    which moves to the GPU once when there is room. Otherwise clips are decoded when asked for, on all cores, and
-    ``prefetch`` does it ahead of time.
+    which moves to the GPU once when there is room. Otherwise clips are decoded when asked for, by worker processes or
+    on threads, and ``prefetch`` does it ahead of time.
 
     A file that cannot be decoded is left out, logged and listed in ``bad_videos``. One that first fails when
     streaming is listed then, and from the next call on the next good video plays in its place (with its label).
@@ -67,7 +60,10 @@ class VideoSet:
         labels: class of each video, int64 [V]; -1 where unknown.
         class_names: the name of each class.
         lengths: frames in each video, int64 [V].
+        missing: files that the annotation names and that are not there.
         bad_videos: (path, reason) of each file that could not be decoded.
+        flips: whether a mirrored video keeps its class.
+        augments: whether a key changes anything about a clip.
         clip_shape: (T, H, W).
         clip_span: frames of a video from the first to the last of a clip, ``(num_frames - 1) * frame_stride + 1``.
         has_foreground: whether ``foreground`` knows the truth.
@@ -80,28 +76,37 @@ class VideoSet:
         self,
         name: str,
         split: str,
-        paths: Sequence[Path],
-        labels: Sequence[int],
-        class_names: Sequence[str],
+        listing: Listing,
         *,
         num_frames: int,
         frame_stride: int,
         size: tuple[int, int],
-        truth: Callable[[Path], np.ndarray] | None = None,
+        sampling: str = "dense",
+        augment: str = "none",
+        flip: bool = False,
+        decoder: str = "decord",
+        workers: int = 0,
+        cache: FrameCache | None = None,
+        truth: Callable[[Path, tuple[int, int]], np.ndarray] | None = None,
         progress: bool = False,
     ) -> None:
-        self.name, self.split, self.class_names = name, split, list(class_names)
-        self.size = size
+        self.name, self.split, self.class_names = name, split, list(listing.class_names)
+        self.missing, self.flips = list(listing.missing), listing.flips
+        self.size, self.sampling, self.augment, self.flip = size, sampling, augment, flip and listing.flips
+        # What is decoded: with room around it where a crop is drawn
+        self.canvas = size if augment == "none" else (round(MARGIN * size[0]), round(MARGIN * size[1]))
         self.clip_shape = (num_frames, *size)
         self.clip_span = (num_frames - 1) * frame_stride + 1
-        self._steps = np.arange(num_frames) * frame_stride
+        self.augments = augment != "none" or self.flip
+        self._num_frames, self._stride = num_frames, frame_stride
         self._truth = truth
         self.has_foreground = truth is not None
 
-        found = _each(probe, paths, "opening videos", progress)
+        paths = listing.paths
+        found = probe_all(paths, decoder, progress)
         lengths = np.array([0 if isinstance(info, UnreadableVideo) else info.num_frames for info in found], np.int64)
         offsets = np.cumsum(lengths) - lengths
-        shape = (int(lengths.sum()), *size, 3)
+        shape = (int(lengths.sum()), *self.canvas, 3)
         self._frames: Tensor | None = None
         if np.prod(shape, dtype=np.int64) <= MEMORY_LIMIT:
             self._frames = torch.empty(shape, dtype=torch.uint8)
@@ -111,10 +116,15 @@ class VideoSet:
                 info = found[v]
                 if isinstance(info, UnreadableVideo):
                     raise info
-                rows[offsets[v] : offsets[v] + info.num_frames] = read_frames(paths[v], size, info=info)
+                every = np.arange(info.num_frames)
+                if cache is not None:
+                    frames = cache.frames(paths[v], info, self.canvas, CENTRE, decoder, every)
+                else:
+                    frames = read_frames(paths[v], self.canvas, every, info, decoder=decoder)
+                rows[offsets[v] : offsets[v] + info.num_frames] = frames
                 return info
 
-            found = _each(decode, range(len(paths)), "decoding videos", progress)
+            found = list(on_all_cores(decode, range(len(paths)), "decoding videos", progress))
 
         good = [v for v, info in enumerate(found) if not isinstance(info, UnreadableVideo)]
         self.bad_videos = [(str(e.path), e.reason) for e in found if isinstance(e, UnreadableVideo)]
@@ -128,12 +138,21 @@ class VideoSet:
                 "%s (%s): left out %d of %d files that cannot be decoded:%s",
                 name, split, len(self.bad_videos), len(paths), _listed(self.bad_videos),
             )  # fmt: skip
+        if self.missing:
+            _log.warning(
+                "%s (%s): %d of %d videos are not there; tats data check lists them",
+                name, split, len(self.missing), len(self.missing) + len(paths),
+            )  # fmt: skip
         self.paths = [paths[v] for v in good]
-        self.labels = np.array([labels[v] for v in good], np.int64)
+        self.labels = np.array([listing.labels[v] for v in good], np.int64)
         self.lengths, self._offsets, self._num_rows = lengths[good], offsets[good], shape[0]
-        self._infos = [info for info in found if not isinstance(info, UnreadableVideo)]
+        infos = [info for info in found if not isinstance(info, UnreadableVideo)]
+        # Scaled to cover the canvas, these have nothing left to choose from
+        tall, wide = (np.array([info[1 + i] for info in infos], np.int64) for i in range(2))
+        self._fits = np.abs(tall * self.canvas[1] - wide * self.canvas[0]) * 2 <= np.maximum(tall, wide)
         self._plays = np.arange(len(good))  # which video plays for each: itself, unless it failed when streaming
-        self._stream = _ClipStream(self._read_clip, PREFETCH_LIMIT // (num_frames * size[0] * size[1] * 3))
+        reader = ClipReader(self.paths, infos, self.canvas, decoder, cache)
+        self._stream = ClipStream(reader, (num_frames, *self.canvas), workers)
         self._resident: dict[torch.device, Tensor] = {}  # the frames to gather from for each device
         self._masks: dict[torch.device, tuple[Tensor, np.ndarray]] = {}  # all masks, and which are known [V]
 
@@ -144,17 +163,47 @@ class VideoSet:
         """The set itself: a copy of an environment's specification shares the frames."""
         return self
 
-    def clips(self, video_index: np.ndarray, start_frame: np.ndarray, device: torch.device) -> Tensor:
+    def starts(self, video_index: np.ndarray, bits: np.ndarray, num_clips: int = 1, nth: int = 0) -> np.ndarray:
+        """Where random clips of the given videos [B] start: int64 [B].
+
+        Args:
+            bits: uniform random integers of 62 bits, int64 [B].
+            num_clips: that follow one another in a video.
+            nth: of these.
+        """
+        if self.sampling == "uniform":
+            return (bits + nth) % (1 << 31)
+        room = np.maximum(self.lengths[video_index] - num_clips * self.clip_span, 0) + 1
+        return bits % room + nth * self.clip_span
+
+    def clips(
+        self, video_index: np.ndarray, start_frame: np.ndarray, device: torch.device, key: Tensor | None = None
+    ) -> Tensor:
         """Clips of the given videos [B] from the given frames [B]: uint8 [B, T, H, W, 3] on ``device``.
+
+        Args:
+            key: int64 [B], on the CPU; crops and mirrors each clip as the set was opened to. None takes the centre.
 
         Raises:
             DataError: if streaming has left no video that can be decoded.
         """
-        if self._frames is not None:
-            return self._gather(self._frames_for(self._frames, device), video_index, start_frame, device)
-        return self._streamed(video_index, start_frame, device)
+        video, frames, position = self._chosen(video_index, start_frame, key)
+        return self._cropped(self._fetch(video, frames, position, device), key)
 
-    def foreground(self, video_index: np.ndarray, start_frame: np.ndarray, device: torch.device) -> Tensor:
+    def test_clips(
+        self, video_index: np.ndarray, nth: int, num_clips: int, device: torch.device, crop: int | None = None
+    ) -> Tensor:
+        """The nth of ``num_clips`` clips spread over each of the given videos [B]: uint8 [B, T, H, W, 3] on ``device``.
+
+        Args:
+            crop: 0, 1 or 2: the beginning, the middle or the end of the longer side; None is the middle.
+        """
+        video, frames, position = self._spread(video_index, nth, num_clips, crop)
+        return self._cropped(self._fetch(video, frames, position, device), None)
+
+    def foreground(
+        self, video_index: np.ndarray, start_frame: np.ndarray, device: torch.device, key: Tensor | None = None
+    ) -> Tensor:
         """Which pixels of the same clips are moving foreground: bool [B, T, H, W] on ``device``.
 
         Raises:
@@ -166,29 +215,82 @@ class VideoSet:
         if home not in self._masks:
             # From numpy, whose zeros take up no memory until written
             with torch.inference_mode(False):  # they are written into later, in whatever mode
-                masks = torch.from_numpy(np.zeros((self._num_rows, *self.size), dtype=bool)).to(home)
+                masks = torch.from_numpy(np.zeros((self._num_rows, *self.canvas), dtype=bool)).to(home)
             self._masks[home] = masks, np.zeros(len(self), dtype=bool)
         masks, known = self._masks[home]
         for v in np.unique(self._plays[video_index]):
             if not known[v]:
                 rows = slice(self._offsets[v], self._offsets[v] + self.lengths[v])
-                masks[rows] = torch.from_numpy(self._truth(self.paths[v])).to(home)
+                masks[rows] = torch.from_numpy(self._truth(self.paths[v], self.canvas)).to(home)
                 known[v] = True
-        return self._gather(masks, video_index, start_frame, device)
+        video, frames, _ = self._chosen(video_index, start_frame, key)
+        return self._cropped(self._gather(masks, video, frames, device), key)
 
-    def prefetch(self, video_index: np.ndarray, start_frame: np.ndarray) -> None:
-        """Say that the clips of these videos [B] from these frames [B] come next: streaming decodes them meanwhile."""
+    def prefetch(self, video_index: np.ndarray, start_frame: np.ndarray, key: Tensor | None = None) -> None:
+        """Say that these clips come next (arguments as of ``clips``): streaming decodes them meanwhile."""
         if self._frames is None:
-            self._stream.prefetch(self._requests(video_index, start_frame))
+            self._stream.prefetch(_requests(*self._chosen(video_index, start_frame, key)))
 
-    def _frame_numbers(self, video: np.ndarray, start_frame: np.ndarray) -> np.ndarray:
-        """Frames of their videos [B] that make up the clips, int64 [B, T]."""
-        return (np.asarray(start_frame)[:, None] + self._steps) % self.lengths[video][:, None]
+    def prefetch_test(self, video_index: np.ndarray, nth: int, num_clips: int, crop: int | None = None) -> None:
+        """Say that these test clips come next (arguments as of ``test_clips``)."""
+        if self._frames is None:
+            self._stream.prefetch(_requests(*self._spread(video_index, nth, num_clips, crop)))
 
-    def _gather(self, rows: Tensor, video_index: np.ndarray, start_frame: np.ndarray, device: torch.device) -> Tensor:
-        """Take clips [B, T, ...] out of a tensor with a row for every frame of the set."""
+    def _chosen(
+        self, video_index: np.ndarray, start_frame: np.ndarray, key: Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which videos [B] play, which of their frames [B, T], and where they are cropped [B] in decoding.
+
+        Frames and position depend on the start alone, so that clips that share it share what is decoded.
+        """
+        video, start = self._plays[video_index], np.asarray(start_frame)
+        draw = torch.from_numpy(np.asarray(start_frame, np.int64))
+        if self.sampling == "uniform":
+            offsets = keyed_uniform(draw[:, None], torch.arange(self._num_frames)).numpy()
+            frames = uniform_frames(self.lengths[video], self._num_frames, offsets)
+        else:
+            frames = dense_frames(self.lengths[video], start, self._num_frames, self._stride)
+        position = np.full(len(video), CENTRE)
+        if key is not None and self.augment != "none":
+            drawn = keyed_uniform(draw, torch.from_numpy(np.asarray(video, np.int64))).numpy()
+            position = np.floor(POSITIONS * drawn) / (POSITIONS - 1)
+        return video, frames, position
+
+    def _spread(
+        self, video_index: np.ndarray, nth: int, num_clips: int, crop: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As ``_chosen``, of test clips."""
         video = self._plays[video_index]
-        wanted = torch.from_numpy(self._offsets[video][:, None] + self._frame_numbers(video, start_frame))
+        lengths = self.lengths[video]
+        if self.sampling == "uniform":
+            frames = uniform_frames(lengths, self._num_frames, (nth + 0.5) / num_clips)
+        else:
+            starts = test_starts(lengths, self.clip_span, nth, num_clips)
+            frames = dense_frames(lengths, starts, self._num_frames, self._stride)
+        return video, frames, np.full(len(video), CENTRE if crop is None else crop / 2)
+
+    def _cropped(self, decoded: Tensor, key: Tensor | None) -> Tensor:
+        """What is decoded [B, T, h, w, ...] cropped to H x W: by the key, or at the centre."""
+        if key is None or not self.augments:
+            top, left = ((whole - part) // 2 for whole, part in zip(self.canvas, self.size, strict=True))
+            return decoded[:, :, top : top + self.size[0], left : left + self.size[1]]
+        key = key.to(decoded.device, non_blocking=True)
+        if self.augment == "none":
+            boxes = torch.tensor([0.0, 0.0, *self.canvas], device=decoded.device).expand(len(decoded), 4)
+        else:
+            boxes = crop_boxes(self.augment, key, self.canvas)  # type: ignore[arg-type]
+        mirrored = flips(key) if self.flip else torch.zeros(len(decoded), dtype=torch.bool, device=decoded.device)
+        return crop_and_flip(decoded, boxes, mirrored, self.size)
+
+    def _fetch(self, video: np.ndarray, frames: np.ndarray, position: np.ndarray, device: torch.device) -> Tensor:
+        """Frames [B, T] of videos [B], cropped at the positions [B]: uint8 [B, T, h, w, 3] on ``device``."""
+        if self._frames is not None and ((position == CENTRE) | self._fits[video]).all():
+            return self._gather(self._frames_for(self._frames, device), video, frames, device)
+        return self._streamed(video, frames, position, device)
+
+    def _gather(self, rows: Tensor, video: np.ndarray, frames: np.ndarray, device: torch.device) -> Tensor:
+        """Take clips [B, T, ...] out of a tensor with a row for every frame of the set."""
+        wanted = torch.from_numpy(self._offsets[video][:, None] + frames)
         taken = rows.index_select(0, wanted.flatten().to(rows.device, non_blocking=True))
         return taken.to(device, non_blocking=True).view(*wanted.shape, *rows.shape[1:])
 
@@ -199,45 +301,43 @@ class VideoSet:
             self._resident[device] = frames.to(device) if fits else frames
         return self._resident[device]
 
-    def _requests(self, video_index: np.ndarray, start_frame: np.ndarray) -> list[_Request]:
-        video = self._plays[video_index]
-        return list(zip(video.tolist(), (np.asarray(start_frame) % self.lengths[video]).tolist(), strict=True))
-
-    def _read_clip(self, request: _Request) -> np.ndarray:
-        v, start = request
-        numbers = self._frame_numbers(np.array([v]), np.array([start]))[0]
-        return read_frames(self.paths[v], self.size, numbers, self._infos[v])
-
-    def _streamed(self, video_index: np.ndarray, start_frame: np.ndarray, device: torch.device) -> Tensor:
-        shape = (len(video_index), len(self._steps), *self.size, 3)
+    def _streamed(self, video: np.ndarray, frames: np.ndarray, position: np.ndarray, device: torch.device) -> Tensor:
+        shape = (len(video), self._num_frames, *self.canvas, 3)
         clips = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        rows = clips.numpy()
-        missing = np.arange(len(video_index))
-        while len(missing):
-            requests = self._requests(np.asarray(video_index)[missing], np.asarray(start_frame)[missing])
-            taken = self._stream.take(requests)
-            for i, request in zip(missing, requests, strict=True):
-                if not isinstance(clip := taken[request], UnreadableVideo):
-                    rows[i] = clip
+        failed = self._stream.take(_requests(video, frames, position), clips.numpy())
+        while failed:
             # Only now, so that what plays for whom does not depend on which clip of a batch was decoded first
-            for (v, _), clip in sorted(taken.items()):
-                if isinstance(clip, UnreadableVideo):
-                    self._replace(v, clip)
-            missing = missing[[isinstance(taken[request], UnreadableVideo) for request in requests]]
+            for v, error in sorted(failed.items()):
+                self._replace(v, error)
+            lost = np.flatnonzero(np.isin(video, list(failed)))
+            played = self._plays[video[lost]]
+            wanted = frames[lost] % self.lengths[played][:, None]
+            again = np.empty((len(lost), *shape[1:]), np.uint8)
+            failed = self._stream.take(_requests(played, wanted, position[lost]), again)
+            clips.numpy()[lost] = again
+            video = video.copy()
+            video[lost] = played
         return clips.to(device, non_blocking=True)
 
     def _replace(self, v: int, error: UnreadableVideo) -> None:
-        """Let the next video that is still good play wherever video ``v`` did."""
+        """Let the next video that is still good, one with a label for one with a label, play where video ``v`` did."""
         if self._plays[v] != v:
             return
         good = np.flatnonzero((self._plays == np.arange(len(self))) & (np.arange(len(self)) != v))
         self.bad_videos.append((str(error.path), error.reason))
         if not len(good):
             raise DataError(f"{self.name} ({self.split}): no file can be decoded any more; the last was {error}")
+        alike = good[(self.labels[good] >= 0) == (self.labels[v] >= 0)]
+        good = alike if len(alike) else good
         following = good[np.searchsorted(good, v) % len(good)]
         _log.warning("%s (%s): %s; %s plays in its place", self.name, self.split, error, self.paths[following])
         self.labels[self._plays == v] = self.labels[following]
         self._plays[self._plays == v] = following
+
+
+def _requests(video: np.ndarray, frames: np.ndarray, position: np.ndarray) -> list[ClipRequest]:
+    asked = zip(video.tolist(), map(tuple, frames.tolist()), position.tolist(), strict=True)
+    return [ClipRequest(*request) for request in asked]
 
 
 def write_bad_videos(folder: Path, *sets: VideoSet) -> None:
@@ -245,38 +345,3 @@ def write_bad_videos(folder: Path, *sets: VideoSet) -> None:
     lines = [f"{path}\t{reason}\n" for videos in sets for path, reason in videos.bad_videos]
     if lines:
         (folder / "bad_videos.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-
-
-class _ClipStream:
-    """Clips decoded by a pool of threads, some of them ahead of time: at most ``limit``."""
-
-    def __init__(self, read: Callable[[_Request], np.ndarray], limit: int) -> None:
-        self._read, self._limit = read, max(1, limit)
-        self._ahead: dict[_Request, Future[np.ndarray]] = {}  # oldest first
-        self._pool: ThreadPoolExecutor | None = None
-        self._process = 0
-
-    def _claim(self, request: _Request) -> Future[np.ndarray]:
-        """A clip on its way, started now unless it was before; no longer among those decoded ahead."""
-        if self._pool is None or self._process != os.getpid():  # threads do not live on in a forked process
-            self._ahead.clear()
-            self._pool, self._process = ThreadPoolExecutor(num_cores(), "tats-decode"), os.getpid()
-        return self._ahead.pop(request) if request in self._ahead else self._pool.submit(self._read, request)
-
-    def prefetch(self, requests: Sequence[_Request]) -> None:
-        """Start on these; drop the oldest that nobody took to make room."""
-        for request in requests[: self._limit]:
-            self._ahead[request] = self._claim(request)
-        while len(self._ahead) > self._limit:
-            self._ahead.pop(next(iter(self._ahead))).cancel()
-
-    def take(self, requests: Sequence[_Request]) -> dict[_Request, np.ndarray | UnreadableVideo]:
-        """The clips, or why not, waiting for those that are not there yet."""
-        futures = {request: self._claim(request) for request in dict.fromkeys(requests)}
-        taken: dict[_Request, np.ndarray | UnreadableVideo] = {}
-        for request, future in futures.items():
-            try:
-                taken[request] = future.result()
-            except UnreadableVideo as error:
-                taken[request] = error
-        return taken

@@ -1,0 +1,168 @@
+"""Decoding ahead in worker processes: the same clips as in threads, whatever happens to a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from tats_env.data import VideoSet, motion, open_dataset, stream, video_set
+from tats_env.data.cache import FrameCache
+from tats_env.data.reader import VideoInfo
+from tats_env.data.stream import ClipReader, ClipRequest, ClipStream
+
+CPU = torch.device("cpu")
+SHAPE = (16, 32, 32)
+INFO = VideoInfo(40, 64, 64, 24.0)
+
+
+@pytest.fixture(scope="module")
+def paths(video_cache: None) -> list[Path]:
+    return motion.render(0, "train", 30)
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> VideoSet:
+    monkeypatch.setattr(video_set, "MEMORY_LIMIT", 0)
+    return open_dataset("motion", num_videos=30, workers=2)
+
+
+def draws(seed: int, count: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 30, count), rng.integers(0, 25, count)
+
+
+def windows(video: np.ndarray, start: np.ndarray) -> list[ClipRequest]:
+    pairs = zip(video.tolist(), start.tolist(), strict=True)
+    return [ClipRequest(v, tuple(range(s, s + 16))) for v, s in pairs]
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_worker_processes_give_the_same_clips_as_memory_in_any_number(
+    streamed: VideoSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_set, "MEMORY_LIMIT", 2 << 30)
+    resident = open_dataset("motion", num_videos=30)
+    monkeypatch.setattr(video_set, "MEMORY_LIMIT", 0)
+    alone = open_dataset("motion", num_videos=30, workers=1)
+    for seed in range(3):
+        streamed.prefetch(*draws(seed + 1))
+        streamed.prefetch(*draws(seed))
+        expected = resident.clips(*draws(seed), CPU)
+        assert torch.equal(streamed.clips(*draws(seed), CPU), expected)
+        assert torch.equal(alone.clips(*draws(seed), CPU), expected)
+    assert len(workers_of(psutil.Process())) >= 2
+
+
+def test_a_batch_larger_than_the_memory_for_clips_is_decoded_all_the_same(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "AHEAD_BYTES", 0)
+    for workers in (0, 1):
+        pool = ClipStream(ClipReader(paths, [INFO] * 30, (32, 32)), SHAPE, workers)
+        video, start = draws(5, 60)
+        requests = [
+            ClipRequest(v, tuple(range(s, s + 16))) for v, s in zip(video.tolist(), start.tolist(), strict=True)
+        ]
+        pool.prefetch(requests[::-1])
+        clips = np.zeros((60, *SHAPE, 3), np.uint8)
+        assert pool.take(requests, clips) == {}
+        expected = np.stack([pool.reader(request) for request in requests])
+        assert np.array_equal(clips, expected)
+
+
+class Deadly(ClipReader):
+    """Video 3 kills whoever decodes it, video 4 never ends, video 5 is a defect."""
+
+    def __call__(self, request: ClipRequest) -> np.ndarray:
+        if request.video == 3:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if request.video == 4:
+            time.sleep(1000)
+        if request.video == 5:
+            raise ZeroDivisionError("a defect is not a bad video")
+        return super().__call__(request)
+
+
+def test_a_decoder_that_crashes_or_hangs_costs_one_clip(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "CLIP_SECONDS", 3)
+    pool = ClipStream(Deadly(paths, [INFO] * 30, (32, 32)), SHAPE, 2)
+    requests = [ClipRequest(v, tuple(range(16))) for v in range(30) if v != 5]
+    clips = np.zeros((29, *SHAPE, 3), np.uint8)
+    failed = pool.take(requests, clips)
+    assert failed.keys() == {3, 4}
+    assert "ended its process" in failed[3].reason and "more than 3 s" in failed[4].reason
+    good = [i for i, request in enumerate(requests) if request.video not in failed]
+    assert all(np.array_equal(clips[i], ClipReader.__call__(pool.reader, requests[i])) for i in good)
+    with pytest.raises(ZeroDivisionError):
+        pool.take([ClipRequest(5, tuple(range(16)))], clips[:1])
+
+
+def test_a_worker_that_is_killed_is_replaced(streamed: VideoSet) -> None:
+    whole = streamed.clips(*draws(0), CPU)
+    for worker in workers_of(psutil.Process()):
+        worker.kill()
+    time.sleep(1)  # nothing to do: the pool itself ends
+    assert torch.equal(streamed.clips(*draws(0), CPU), whole)
+    assert not streamed.bad_videos
+
+
+def test_workers_and_shared_memory_go_when_the_run_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import numpy as np, torch, time\n"
+        "from tats_env.data import open_dataset, video_set\n"
+        "if __name__ == '__main__':\n"
+        "    video_set.MEMORY_LIMIT = 0\n"
+        "    videos = open_dataset('motion', num_videos=30, workers=2)\n"
+        "    videos.clips(np.arange(30), np.zeros(30, int), torch.device('cpu'))\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(1000)\n"
+    )
+    (tmp_path / "main.py").write_text(script)
+    before = set(os.listdir("/dev/shm"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "main.py"], cwd=tmp_path, stdout=subprocess.PIPE, env=environment) as run:
+        assert run.stdout is not None and run.stdout.readline() == b"ready\n"
+        children = psutil.Process(run.pid).children(recursive=True)
+        assert len(children) >= 2
+        run.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("psm_")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_stays_flat_over_thousands_of_clips(
+    paths: list[Path], workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stream, "AHEAD_BYTES", 64 * int(np.prod(SHAPE)) * 3)
+    cache = FrameCache(tmp_path, 1 << 30) if workers else None
+    pool = ClipStream(ClipReader(paths, [INFO] * 30, (32, 32), cache=cache), SHAPE, workers)
+    clips = np.zeros((50, *SHAPE, 3), np.uint8)
+    rng = np.random.default_rng(0)
+
+    def used() -> int:
+        everyone = [psutil.Process(), *workers_of(psutil.Process())]
+        return sum(process.memory_info().rss for process in everyone)
+
+    def take(count: int) -> None:
+        for _ in range(count // 50):
+            requests = windows(rng.integers(0, 30, 50), rng.integers(0, 25, 50))
+            pool.prefetch(requests)
+            assert pool.take(requests, clips) == {}
+
+    take(1000)
+    before = used()
+    take(4000)
+    assert used() - before < 30 << 20

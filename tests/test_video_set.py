@@ -1,0 +1,138 @@
+"""Clips of a set: how frames are sampled, how crops follow a key, and that both come out the same streamed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tats_env.data import VideoSet, open_dataset, video_set
+from tats_env.data.augment import crop_boxes
+from tats_env.data.miniature import list_tree, ssv2_tree
+from tats_env.data.reader import read_frames
+
+CPU = torch.device("cpu")
+EVERY = np.arange(12)
+START = np.arange(12) % 7
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Real mp4, avi and webm files of 64 x 48 pixels and 24 frames, twelve for training."""
+    return list_tree(tmp_path_factory.mktemp("list"))
+
+
+def both(monkeypatch: pytest.MonkeyPatch, spec: str, **options: object) -> tuple[VideoSet, VideoSet]:
+    """The set in memory, and streamed by two worker processes."""
+    resident = open_dataset(spec, **options)  # type: ignore[arg-type]
+    monkeypatch.setattr(video_set, "MEMORY_LIMIT", 0)
+    return resident, open_dataset(spec, workers=2, **options)  # type: ignore[arg-type]
+
+
+def keys(seed: int = 0, count: int = 12) -> Tensor:
+    return torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def test_uniform_sampling_takes_a_frame_of_each_part_and_another_with_another_draw(spec: str) -> None:
+    videos = open_dataset(spec, sampling="uniform", num_frames=8)
+    whole = [read_frames(path, (32, 32)) for path in videos.paths]
+    drawn = []
+    for draw in range(40):
+        clips = videos.clips(EVERY, np.full(12, draw), CPU).numpy()
+        for clip, frames in zip(clips[:3], whole, strict=False):
+            parts = frames.reshape(8, 3, 32, 32, 3)  # 24 frames: three to a part
+            hits = [[np.array_equal(clip[t], parts[t, i]) for i in range(3)] for t in range(8)]
+            assert all(any(row) for row in hits)
+            drawn.append(tuple(row.index(True) for row in hits))
+    assert {part for clip in drawn for part in clip} == {0, 1, 2} and len(set(drawn)) > 20
+    middle = videos.test_clips(EVERY, 0, 1, CPU).numpy()
+    assert np.array_equal(middle[0], whole[0][1::3])
+    starts = videos.starts(EVERY, np.arange(12) + (1 << 40))
+    assert len(set(starts.tolist())) == 12 and (starts >= 0).all()
+
+
+def test_test_clips_are_spread_over_the_video_and_crops_over_its_longer_side(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for videos in both(monkeypatch, spec, num_frames=8, frame_stride=2):
+        assert videos.lengths[0] == 24 and videos.clip_span == 15
+        whole = read_frames(videos.paths[0], (32, 32))
+        for nth, firsts in ((0, (0,)), (1, (4, 5)), (2, (9,))):
+            clip = videos.test_clips(EVERY, nth, 3, CPU)[0].numpy()
+            assert any(np.array_equal(clip, whole[first + 2 * np.arange(8)]) for first in firsts)
+        for crop in (0, 1, 2):
+            frames = read_frames(videos.paths[0], (32, 32), position=crop / 2)
+            clip = videos.test_clips(EVERY, 0, 3, CPU, crop)[0].numpy()
+            assert np.array_equal(clip, frames[2 * np.arange(8)])
+        left, right = (videos.test_clips(EVERY, 0, 1, CPU, crop) for crop in (0, 2))
+        assert not torch.equal(left, right)
+
+
+@pytest.mark.parametrize("augment", ["multi_scale", "random_resized"])
+def test_crops_follow_the_key_alone_in_memory_and_streamed(
+    spec: str, augment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"augment": augment, "flip": True, "num_frames": 4}
+    resident, streamed = both(monkeypatch, spec, **options)
+    for videos in (resident, streamed):
+        whole = videos.clips(EVERY, START, CPU, keys())
+        assert whole.shape == (12, 4, 32, 32, 3)
+        videos.prefetch(EVERY[::-1].copy(), START[::-1].copy(), keys().flip(0))
+        assert torch.equal(videos.clips(EVERY[::-1].copy(), START[::-1].copy(), CPU, keys().flip(0)), whole.flip(0))
+        assert torch.equal(videos.clips(EVERY[5:6], START[5:6], CPU, keys()[5:6]), whole[5:6])
+        other = videos.clips(EVERY, START, CPU, keys(1))
+        assert sum(torch.equal(a, b) for a, b in zip(whole, other, strict=True)) <= 2
+        plain = videos.clips(EVERY, START, CPU)
+        assert torch.equal(plain, videos.clips(EVERY, START, CPU)) and plain.shape == whole.shape
+    assert torch.equal(resident.clips(EVERY, START, CPU, keys()), streamed.clips(EVERY, START, CPU, keys()))
+
+
+def test_crops_are_taken_from_the_whole_width_of_the_video(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_set, "MEMORY_LIMIT", 0)
+    videos = open_dataset(spec, augment="multi_scale", num_frames=1)
+    _, _, position = videos._chosen(np.zeros(200, int), np.arange(200) % 24, keys(0, 200))
+    assert set(position) <= {0.0, 0.25, 0.5, 0.75, 1.0} and {0.0, 1.0} <= set(position)
+    again = videos._chosen(np.zeros(200, int), np.arange(200) % 24, keys(1, 200))[2]
+    assert np.array_equal(position, again), "clips of one start share what is decoded, whatever their keys"
+
+
+def test_foreground_follows_the_crops_of_its_clips() -> None:
+    videos = open_dataset("motion", num_videos=30, size=(64, 64), augment="multi_scale")
+    video, start = np.arange(1, 15), np.zeros(14, int)
+    key = keys(3, 14)
+    masks = videos.foreground(video, start, CPU, key)
+    assert masks.shape == (14, 16, 64, 64) and masks.dtype == torch.bool
+    assert 0.01 < masks.float().mean() < 0.4
+    boxes = crop_boxes("multi_scale", key, videos.canvas)
+    whole = torch.from_numpy(videos._truth(videos.paths[1], videos.canvas))  # type: ignore[misc]
+    top, left, height, width = boxes[0].tolist()
+    rows = (top + (torch.arange(64) + 0.5) * height / 64).long()
+    columns = (left + (torch.arange(64) + 0.5) * width / 64).long()
+    assert (masks[0] != whole[:16][:, rows][:, :, columns]).float().mean() < 0.01
+
+
+def test_left_and_right_are_never_swapped_where_they_are_the_label(tmp_path: Path) -> None:
+    for spec in ("motion", ssv2_tree(tmp_path)):
+        videos = open_dataset(spec, num_videos=12, flip=True, num_frames=2)
+        assert not videos.augments
+        assert torch.equal(videos.clips(EVERY, START, CPU, keys()), videos.clips(EVERY, START, CPU))
+
+
+def test_environments_that_repeat_share_the_clip_and_nothing_else(spec: str) -> None:
+    videos = open_dataset(spec, augment="multi_scale", num_frames=8)
+    options = {"dataset": videos, "num_frames": 8, "mask_ratio": 0.75, "vectorization_mode": "vector_entry_point"}
+    env = gym.make_vec("tats_env:TATSMasking-v0", num_envs=12, repeats=3, output="torch", **options)
+    _, info = env.reset(seed=0)
+    same = info["video_index"].view(4, 3), info["start_frame"].view(4, 3)
+    assert all((x == x[:, :1]).all() for x in same) and len(set(same[0][:, 0].tolist())) > 1
+    clips = env.unwrapped.task.clips
+    assert not torch.equal(clips[0], clips[1]), "each has a crop of its own"
+    env.step(torch.zeros(12, 64))
+    visible = env.unwrapped.task.decision.visible
+    assert not torch.equal(visible[0], visible[1])
+    with pytest.raises(ValueError, match="must divide the number of environments, 12"):
+        gym.make_vec("tats_env:TATSMasking-v0", num_envs=12, repeats=5, **options)
