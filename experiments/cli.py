@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import NamedTuple
 
 from experiments.config import load_config, override_config
@@ -32,9 +33,15 @@ def _run(args: Sequence[str]) -> int:
     if not args or args[0].startswith("-"):
         raise ConfigError(
             "tats run: a configuration comes first, then options: tats run CONFIG [--steps 100 ...]\n"
-            f"CONFIG is a YAML file or one that comes with the package: {', '.join(packaged_configs())}"
+            f"CONFIG is a YAML file or one that comes with the package: {', '.join(packaged_configs())}\n"
+            "With --dry-run it says what the run would take, and makes two steps of it at a small size"
         )
-    config = load_config(args[0], args[1:], prog=f"tats run {args[0]}")
+    options = [arg for arg in args[1:] if arg != "--dry-run"]
+    config = load_config(args[0], options, prog=f"tats run {args[0]}")
+    if len(options) < len(args) - 1:
+        from experiments.dry_run import dry_run
+
+        return dry_run(config)
     from experiments.run import run
 
     return run(config)
@@ -53,11 +60,39 @@ def _compare(args: Sequence[str]) -> int:
     return compare(grid, minutes)
 
 
+def _trained(verb: str, args: Sequence[str]) -> int:
+    if not args or args[0].startswith("-"):
+        say = f"usage: tats {verb} RUN [--KEY VALUE ...]\nRUN is a run's folder, or a configuration with mae.init"
+        if args and args[0] in _HELP:
+            override_config(RunConfig(), ["--help"], prog=f"tats {verb} RUN")
+        raise ConfigError(say)
+    from experiments.trained import evaluate_trained
+
+    return evaluate_trained(verb, args)
+
+
+def _data(args: Sequence[str]) -> int:
+    from experiments.data import data
+
+    return data(args)
+
+
 VERBS = {
     "run": Verb("train the MAE and the token sampler together, then evaluate", "tats run quickstart --steps 100", _run),
     "compare": Verb(
         "run a grid of agents, mask ratios and seeds, and compare", "tats compare compare_quick --minutes 9", _compare
     ),
+    "probe": Verb(
+        "classify with a run's frozen encoder: linear, attentive, k-NN",
+        "tats probe runs/quickstart --evaluate.data motion scenes",
+        partial(_trained, "probe"),
+    ),
+    "finetune": Verb(
+        "fine-tune a run's encoder into a classifier",
+        "tats finetune runs/quickstart --finetune.epochs 10",
+        partial(_trained, "finetune"),
+    ),
+    "data": Verb("look into a data set before a run does", "tats data check 'ucf101:/root?split=1'", _data),
 }
 
 

@@ -21,20 +21,12 @@ from rich.table import Table
 from scipy.stats import bootstrap
 
 from experiments.config import dump_config, load_config
-from experiments.grid import CompareConfig
+from experiments.grid import Cell, CompareConfig
+from experiments.metrics import heading, in_digits, shown
 from experiments.refusals import ConfigError
 from experiments.run import LOCK
 from experiments.schema import RunConfig
 
-Cell = tuple[str, float, int]
-"""Agent, mask ratio, seed."""
-METRICS = {
-    "random_mask_error": "error, random masks",
-    "reconstruction_error": "error, own masks",
-    "motion_lift": "motion lift",
-    "probe_top1": "probe top-1",
-    "seconds_per_step": "s/step",
-}
 CURVE = "mask/random_mask_error"
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -154,8 +146,8 @@ class Comparison:
         return f"{next((line.strip() for line in reversed(lines) if line.strip()), 'no word')} ({log})"
 
     def _seconds(self, cell: Cell) -> float:
-        """How long that run is likely to take: as long as the longest of its agent and ratio so far; 0 if none has."""
-        runs = [run for other, run in self.runs.items() if other[:2] == cell[:2] and self.finished(run)]
+        """How long that run is likely to take: as long as the longest but for the seed so far; 0 if none has ended."""
+        runs = [run for other, run in self.runs.items() if other[:3] == cell[:3] and self.finished(run)]
         return max((self.summary(run)["wall_seconds"] for run in runs), default=0.0)
 
     def _clips(self, cell: Cell) -> int:
@@ -192,7 +184,7 @@ class Comparison:
     def _line(self, cell: Cell) -> str:
         summary = self.summary(self.runs[cell])
         figures = summary[self.runs[cell].agent.class_]
-        said = [f"{name} {figures[key]:.3f}" for key, name in METRICS.items() if figures.get(key) is not None]
+        said = [f"{heading(key)} {in_digits(figures, key)}" for key in shown([figures])]
         return f"{', '.join(said)} ({summary['wall_seconds']:.0f} s)"
 
     def write(self) -> list[Statistic]:
@@ -200,18 +192,15 @@ class Comparison:
         from experiments.plots import plot_comparison
 
         results = self.results()
-        rows = [
-            {"agent": agent, "mask_ratio": ratio, "seed": seed, **figures}
-            for (agent, ratio, seed), figures in results.items()
-        ]
+        rows = [{**cell._asdict(), **figures} for cell, figures in results.items()]
         _write_csv(self.folder / "cells.csv", rows)
         statistics = summarise(results)
         _write_csv(self.folder / "table.csv", [statistic._asdict() for statistic in statistics])
         (self.folder / "table.md").write_text(markdown(statistics), encoding="utf-8")
         curves = {cell: self.curve(cell) for cell in results}
         points = [
-            {"agent": agent, "mask_ratio": ratio, "seed": seed, "clips": int(clips), "error": error}
-            for (agent, ratio, seed), curve in curves.items() for clips, error in zip(*curve, strict=True)
+            {**cell._asdict(), "clips": int(clips), "error": error}
+            for cell, curve in curves.items() for clips, error in zip(*curve, strict=True)
         ]  # fmt: skip
         _write_csv(self.folder / "curves.csv", points)
         plot_comparison(self.folder, statistics, curves)
@@ -219,9 +208,10 @@ class Comparison:
 
 
 class Statistic(NamedTuple):
-    """One metric of one agent at one mask ratio over its seeds."""
+    """One metric of one agent on one data set at one mask ratio over its seeds."""
 
     agent: str
+    data: str
     mask_ratio: float
     metric: str
     seeds: int
@@ -250,43 +240,45 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def summarise(results: dict[Cell, dict[str, float | None]], baseline: str = "random") -> list[Statistic]:
-    """Mean, spread and intervals over seeds of every metric, for each agent at each mask ratio."""
+    """Mean, spread and intervals over seeds of every metric, for each agent on each data set at each mask ratio."""
     statistics = []
-    for agent, ratio in dict.fromkeys(cell[:2] for cell in results):
-        for metric in METRICS:
+    for agent, data, ratio in dict.fromkeys(cell[:3] for cell in results):
+        for metric in shown(results.values()):
             values = {
-                cell[2]: figures[metric] for cell, figures in results.items()
-                if cell[:2] == (agent, ratio) and figures.get(metric) is not None
+                cell.seed: figures[metric] for cell, figures in results.items()
+                if cell[:3] == (agent, data, ratio) and figures.get(metric) is not None
             }  # fmt: skip
             if not values:
                 continue
             x = np.array(list(values.values()), float)
-            others = {seed: results.get((baseline, ratio, seed), {}).get(metric) for seed in values}
+            others = {seed: results.get(Cell(baseline, data, ratio, seed), {}).get(metric) for seed in values}
             pairs = [values[seed] - other for seed, other in others.items() if other is not None]  # type: ignore[operator]
             std = float(x.std(ddof=1)) if len(x) > 1 else float("nan")
             gain = float(np.mean(pairs)) if pairs and agent != baseline else float("nan")
             gains = interval(pairs) if agent != baseline else (float("nan"),) * 2
-            statistics.append(Statistic(agent, ratio, metric, len(x), float(x.mean()), std, *interval(x), gain, *gains))
+            found = len(x), float(x.mean()), std, *interval(x)
+            statistics.append(Statistic(agent, data, ratio, metric, *found, gain, *gains))
     return statistics
 
 
 def _cells(statistics: Sequence[Statistic]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of the table: a row for each agent and mask ratio, a column for each metric there is."""
-    metrics = [metric for metric in METRICS if any(s.metric == metric for s in statistics)]
-    found = {(s.agent, s.mask_ratio, s.metric): s for s in statistics}
+    """Heading and rows of the table: a row for each agent, data set and mask ratio, a column for each metric."""
+    metrics = shown({s.metric: s.mean} for s in statistics)
+    found = {(s.agent, s.data, s.mask_ratio, s.metric): s for s in statistics}
+    several = len({s.data for s in statistics}) > 1
     rows = []
-    for agent, ratio in dict.fromkeys((s.agent, s.mask_ratio) for s in statistics):
-        row = [agent, f"{ratio:g}"]
+    for agent, data, ratio in dict.fromkeys((s.agent, s.data, s.mask_ratio) for s in statistics):
+        row = [agent, *[data] * several, f"{ratio:g}"]
         for metric in metrics:
-            s = found.get((agent, ratio, metric))
+            s = found.get((agent, data, ratio, metric))
             row.append("-" if s is None else f"{s.mean:.3f} ± {s.std:.3f}" if s.seeds > 1 else f"{s.mean:.3f}")
-        s = found.get((agent, ratio, "random_mask_error"))
+        s = found.get((agent, data, ratio, "random_mask_error"))
         known = s is not None and not np.isnan(s.gain_low)
         row.append(f"{s.gain:+.3f} [{s.gain_low:+.3f}, {s.gain_high:+.3f}]" if s is not None and known else "-")
-        row.append(str(max((s.seeds for s in statistics if (s.agent, s.mask_ratio) == (agent, ratio)), default=0)))
+        row.append(str(max(s.seeds for key, s in found.items() if key[:3] == (agent, data, ratio))))
         rows.append(row)
-    headings = ["agent", "mask ratio", *(METRICS[metric] for metric in metrics)]
-    return [*headings, "error over random's [95 %]", "seeds"], rows
+    first = ["agent", *["pre-trained on"] * several, "mask ratio"]
+    return [*first, *map(heading, metrics), "error over random's [95 %]", "seeds"], rows
 
 
 def markdown(statistics: Sequence[Statistic]) -> str:
@@ -336,7 +328,7 @@ class _Display:
 
 
 def _name(cell: Cell) -> str:
-    return f"{cell[0]}, mask ratio {cell[1]:g}, seed {cell[2]}"
+    return f"{cell.agent} on {cell.data}, mask ratio {cell.mask_ratio:g}, seed {cell.seed}"
 
 
 def compare(config: CompareConfig, minutes: float | None = None) -> int:

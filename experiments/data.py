@@ -1,4 +1,4 @@
-"""``tats data check``: what is there of a data set, what is missing, and what cannot be read."""
+"""``tats data check`` and ``tats data pack``: what is there of a data set; the same, decoded, as tar shards."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tats_env.data import SPLITS, DataError, list_videos
 from tats_env.data.index import index_file, on_all_cores, probe_all
 from tats_env.data.listing import Listing
 from tats_env.data.reader import UnreadableVideo, VideoInfo, read_frames, shard_of
+from tats_env.data.shards import write_shards
 
 ALL_CLASSES = 20
 """Classes up to which the table has all of them; of more it has the largest and the smallest ones."""
@@ -46,19 +47,53 @@ class Check:
     """Write all that was found to this file."""
 
 
+@dataclass
+class Pack:
+    """Write a data set's videos, decoded and scaled, as tar shards that data: shards:FOLDER and webdataset read."""
+
+    spec: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SPEC")]
+    """As for tats data check."""
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """Where to; a call that was stopped goes on where it was."""
+    size: int = 256
+    """Shorter side in pixels; smaller videos keep their own."""
+    per_shard: int = 100
+    """Videos in a tar file."""
+
+
 def data(args: Sequence[str]) -> int:
     """What ``tats data`` does with its arguments; returns the exit code.
 
     Raises:
-        ConfigError: for anything but ``check`` and what it takes.
+        ConfigError: for anything but ``check`` and ``pack`` and what they take.
         DataError: if neither split can be used.
         SystemExit: by tyro, after ``--help`` or an option that is unknown or can't be read.
     """
-    if not args or args[0] not in ("check", "-h", "--help"):
+    if not args or args[0] not in ("check", "pack", "-h", "--help"):
         given = f"{args[0]}: unknown" if args else "what about it?"
-        raise ConfigError(f"tats data: {given}; there is: tats data check SPEC [--decode] [--json FILE]")
+        raise ConfigError(
+            f"tats data: {given}; there are: tats data check SPEC [--decode] [--json FILE]\n"
+            "and: tats data pack SPEC FOLDER [--size 256] [--per-shard 100]"
+        )
+    if args[0] == "pack":
+        return pack(tyro.cli(Pack, args=args[1:], prog="tats data pack"))
     rest = args[1:] if args[0] == "check" else args
     return check(tyro.cli(Check, args=rest, prog="tats data check"))
+
+
+def pack(options: Pack) -> int:
+    """Write both splits' shards, and name the videos left out; arguments, errors and the exit code as for ``data``."""
+    for name, value in (("size", options.size), ("per-shard", options.per_shard)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: must be at least 1")
+    for split in SPLITS:
+        listing = list_videos(options.spec, split, progress=True)
+        bad = write_shards(
+            listing, options.folder, split, options.size, per_shard=options.per_shard, progress=True
+        )  # fmt: skip
+        print(f"{split}: {len(listing.paths) - len(bad)} videos in {options.folder / split}")
+        _print_files(f"left out ({split})", {str(error.path): error.reason for error in bad})
+    return 0
 
 
 def check(options: Check) -> int:

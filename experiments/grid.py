@@ -6,18 +6,27 @@ from collections.abc import Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from experiments.config import parse, parse_config
 from experiments.refusals import ConfigError
-from experiments.schema import RunConfig, Section, check_text
+from experiments.schema import RENDERED_SETS, RunConfig, Section, check_text, data_texts
 from experiments.yaml_files import packaged_configs, read_yaml, set_value
 
 
+class Cell(NamedTuple):
+    """One run of a grid."""
+
+    agent: str
+    data: str
+    mask_ratio: float
+    seed: int
+
+
 class CompareConfig(Section):
-    """A grid of runs, agents x mask ratios x seeds, that see the same clips in the same order."""
+    """A grid of runs, agents x data sets x mask ratios x seeds; those of a set see the same clips in the same order."""
 
     name: str = "compare"
     """What the comparison's folder is called."""
@@ -29,6 +38,8 @@ class CompareConfig(Section):
     """Of clips, masks and initial weights; the same for every agent."""
     mask_ratios: list[float] = Field(default=[0.9], min_length=1)
     """Shares of tokens that are hidden."""
+    data: list[str] = Field(default=[])
+    """Data sets to pre-train on; none is the one that ``run`` names."""
     run: dict[str, Any] = Field(default={})
     """What all runs share, as in a run's own configuration."""
     agents: dict[str, dict[str, Any]] = Field(default={"random": {"class": "random"}}, min_length=1)
@@ -41,14 +52,20 @@ class CompareConfig(Section):
             check_text("name", name)
         return value
 
-    def runs(self, source: str) -> dict[tuple[str, float, int], RunConfig]:
-        """The grid's runs by (agent, mask ratio, seed), in the order in which they are started.
+    @field_validator("data", mode="before")
+    @classmethod
+    def _are_understood(cls, value: Any) -> Any:
+        return data_texts(value)
+
+    def runs(self, source: str) -> dict[Cell, RunConfig]:
+        """The grid's runs, in the order in which they are started.
 
         Raises:
             ConfigError: one line for each problem found, with the agent that has it.
         """
         runs, problems = {}, []
-        for seed, ratio, name in product(self.seeds, self.mask_ratios, self.agents):
+        sets: list[str | None] = [*self.data] or [None]
+        for seed, ratio, data, name in product(self.seeds, self.mask_ratios, sets, self.agents):
             agent = dict(self.agents[name])
             own = agent.pop("run", {})
             values = deepcopy(self.run)
@@ -59,16 +76,21 @@ class CompareConfig(Section):
             for key, value in own.items():
                 shared = values.get(key)
                 values[key] = {**shared, **value} if isinstance(shared, dict) and isinstance(value, dict) else value
-            given = [key for key in ("name", "out", "seed", "mask_ratio", "agent") if key in values]
+            said = ("name", "out", "seed", "mask_ratio", "agent", *["data"] * bool(self.data))
+            given = [key for key in said if key in values]
             if given:
                 problems.append(f"{where}: run.{given[0]}: the grid itself says this; leave it out")
                 continue
             fixed = {"name": f"{name}-{ratio:g}-{seed}", "seed": seed, "mask_ratio": ratio, "agent": agent}
+            if data is not None:
+                number = f"{self.data.index(data)}-" if data not in RENDERED_SETS else ""
+                fixed |= {"data": data, "name": f"{number}{data.partition(':')[0]}-{fixed['name']}"}
             fixed["out"] = (Path(self.out) / self.name / "cells").as_posix()
             if isinstance(evaluate := values.get("evaluate", {}), dict):
                 fixed["evaluate"] = {**evaluate, "baseline": False}
             try:
-                runs[name, ratio, seed] = parse_config(values | fixed, where)
+                run = parse_config(values | fixed, where)
+                runs[Cell(name, run.data, ratio, seed)] = run
             except ConfigError as error:
                 problems += str(error).splitlines()
         if problems:

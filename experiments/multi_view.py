@@ -55,10 +55,9 @@ def class_scores(
     try:
         for index in batches:
             for view in range(num_views):
-                clip, crop = divmod(view, config.test_crops)
-                clips = videos.test_clips(
-                    index, clip, config.test_clips, mae.device, crop if config.test_crops > 1 else None
-                )
+                clips = videos.test_clips(index, *_place(view, config), mae.device, _crop(view, config))
+                if view + 1 < num_views:
+                    videos.prefetch_test(index, *_place(view + 1, config), _crop(view + 1, config))
                 patches = mae.normalize(mae.grid.patchify(clips))
                 key = keyed_bits(torch.from_numpy(index), seed, view).to(mae.device, non_blocking=True)
                 order = keyed_order(key, num_tokens)
@@ -76,6 +75,16 @@ def class_scores(
     finally:
         progress.close()
     return found
+
+
+def _place(view: int, config: FinetuneConfig) -> tuple[int, int]:
+    """Which clip a view shows, of how many."""
+    return view // config.test_crops, config.test_clips
+
+
+def _crop(view: int, config: FinetuneConfig) -> int | None:
+    """Where along the longer side a view is cropped; None is the centre."""
+    return view % config.test_crops if config.test_crops > 1 else None
 
 
 def plot_tokens_kept(kept: dict[str, list[dict[str, float]]], num_tokens: int) -> Figure:

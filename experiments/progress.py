@@ -16,6 +16,7 @@ SHOWN = {
     "mask/random_mask_error": "random-mask {:.3f}",
     "mask/motion_lift": "lift {:.2f}",
     "time/fps": "{:.0f} clips/s",
+    "finetune/loss": "loss {:.3f}",
 }
 LINES = 10
 """Lines printed for a run where there is no terminal to draw a bar on."""

@@ -22,11 +22,14 @@ from agents.base import resolve_agent
 from agents.hooks import LogHook, MAEUpdateHook
 from agents.ppo import PPO, SETTINGS
 from experiments.config import dump_config
-from experiments.evaluation import evaluate_sampler, linear_probe, table_row
+from experiments.downstream import downstream, top1_figures
+from experiments.evaluation import evaluate_sampler
+from experiments.metrics import heading, in_digits, shown
 from experiments.progress import RunProgress
 from experiments.refusals import ConfigError, close, did_you_mean
 from experiments.schema import AgentConfig, OtherAgentConfig, RunConfig
-from tats_env.data import VideoSet, open_dataset, write_bad_videos
+from experiments.videos import Videos
+from tats_env.data import VideoSet, write_bad_videos
 from tats_env.grid import TokenGrid
 from tats_env.mae import MAELearner, load_learner, save_learner
 from tats_env.mae.learner import resolve_device
@@ -37,16 +40,11 @@ from tats_env.vector_env import TATSMaskingVectorEnv
 
 Results = dict[str, dict[str, float | None]]
 
-COLUMNS = {
-    "reconstruction_error": ".3f",
-    "random_mask_error": ".3f",
-    "motion_lift": ".2f",
-    "probe_top1": ".3f",
-    "seconds_per_step": ".4f",
-}
 EVALUATION_SEED = 1 << 40
 """The same for all runs, so that all samplers are compared on the same validation clips."""
 EXAMPLES = 4
+SHORT = 100_000
+"""Clips under which a run is told not to expect features."""
 LOCK = ".lock"
 """Held in a run's folder for as long as its process lives."""
 
@@ -63,6 +61,7 @@ class Run:
         self.config, self.console = config, console
         self.start = time.perf_counter()
         self.results: Results = {}
+        self.downstream: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
         # What can be refused is refused before there is a folder.
         for key, resolve in (("reward", resolve_reward), ("device", resolve_device)):
             try:
@@ -73,27 +72,15 @@ class Run:
         if config.evaluate.baseline and config.agent.class_ != "random":
             sections.append(OtherAgentConfig(**{"class": "random"}))
         self.makers = {section.class_: agent_maker(section) for section in sections}
-        self.train_set = self._open("train", config.num_videos)
-        self.test_set = self._open("validation", config.evaluate.num_videos)
+        self.videos = Videos(config)
+        self.train_set = self.videos(config.data, "train", None, config.clip.augment, config.clip.flip)
+        self.test_set = self.videos(config.data, "validation")
         self._first = self._make(config.agent.class_)
         self.folder = new_folder(Path(config.out), config.name)
         self.lock = FileLock(self.folder / LOCK)
         self.lock.acquire(blocking=False)
         (self.folder / "config.yaml").write_text(dump_config(config))
-        write_bad_videos(self.folder, self.train_set, self.test_set)
-
-    def _open(self, split: str, num_videos: int | None) -> VideoSet:
-        clip = self.config.clip
-        return open_dataset(
-            self.config.data,
-            split=split,
-            num_frames=clip.num_frames,
-            frame_stride=clip.frame_stride,
-            size=(clip.size, clip.size),
-            num_videos=num_videos,
-            seed=0,
-            progress=True,
-        )
+        write_bad_videos(self.folder, *self.videos.opened())
 
     def _env(self, videos: VideoSet, mae: MAELearner, num_envs: int, observation: str) -> TATSMaskingVectorEnv:
         config, clip = self.config, self.config.clip
@@ -107,39 +94,17 @@ class Run:
             "patch_size": clip.patch_size,
             "mae": mae,
             "observation": observation,
+            "repeats": config.loader.repeats if videos is self.train_set else 1,
             "foreground": videos.has_foreground,
         }
         if config.rounds > 1:
             return TATSMaskingSequentialVectorEnv(num_envs, output="torch", rounds=config.rounds, **options)
         return TATSMaskingVectorEnv(num_envs, output="torch", reward=config.reward, horizon=config.horizon, **options)
 
-    def _learner(self) -> MAELearner:
-        config, clip, mae = self.config, self.config.clip, self.config.mae
-        options: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "learning_rate": mae.learning_rate,
-            "base_learning_rate": mae.base_learning_rate,
-            "weight_decay": mae.weight_decay,
-            "warmup_steps": mae.warmup_steps,
-            "total_steps": config.steps // mae.update_every,
-            "device": config.device,
-            "seed": config.seed,
-            "compile": mae.compile,
-        }
-        if mae.init is not None:
-            try:
-                learner = load_learner(mae.init, **options)
-            except (FileNotFoundError, ValueError) as error:
-                raise ConfigError(f"mae.init: {error}") from error
-        else:
-            grid = TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
-            learner = MAELearner(grid, mae.size, **options)
-        return learner.train(not mae.frozen)
-
     def _make(self, name: str) -> tuple[MAELearner, Any]:
         """An MAE, and the agent of that name in an environment around it."""
         make, settings = self.makers[name]
-        mae = self._learner()
+        mae = new_learner(self.config)
         try:
             env = self._env(self.train_set, mae, self.config.batch_size, getattr(make, "observation", "tokens"))
             return mae, make(env, seed=self.config.seed, **settings)
@@ -176,20 +141,23 @@ class Run:
         clips = min(64, config.evaluate.clips)
         observation = getattr(agent, "observation", "tokens")
         test_env = self._env(self.test_set, mae, clips, observation)
-        # What is judged is what was saved.
+        judged = type(agent).load(path, test_env)  # what is judged is what was saved
         self.results[name] = {
-            **evaluate_sampler(type(agent).load(path, test_env), test_env, config.evaluate.clips, EVALUATION_SEED),
-            "probe_top1": linear_probe(mae, self.train_set, self.test_set) if config.evaluate.probe else None,
+            **evaluate_sampler(judged, test_env, config.evaluate.clips, EVALUATION_SEED),
             "seconds_per_step": seconds,
             "mae_updates": mae.num_updates,
         }
         if config.evaluate.pictures:
             env = self._env(self.test_set, mae, EXAMPLES, observation)
             draw(type(agent).load(path, env), env, folder)
+        if config.evaluate.tasks:
+            found = downstream(config, config.evaluate.tasks, mae, judged, self.videos, folder, self.console)
+            self.downstream[name] = found
+            self.results[name] |= top1_figures(found, config)
 
     def write_summary(self, **more: Any) -> None:
         """Write summary.json: each sampler's figures under its name, seconds and versions; and the bad videos anew."""
-        write_bad_videos(self.folder, self.train_set, self.test_set)
+        write_bad_videos(self.folder, *self.videos.opened())
         packages = ("torch", "gymnasium", "stable-baselines3", "timm", "numpy")
         versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
         summary = {**self.results, "wall_seconds": time.perf_counter() - self.start, "versions": versions, **more}
@@ -204,14 +172,46 @@ class Run:
             "a patch's variance. Motion lift: share of moving foreground among the visible tokens over its share among "
             "all; 1 is chance. "
         )
-        if self.config.evaluate.probe:
+        if self.config.evaluate.tasks and self.config.steps * self.config.batch_size < SHORT:
             caption += "A run as short as the quickstart trains no representation: its probe can't show a gain."
         table = Table(title=self.config.name, caption=caption, caption_justify="left")
-        for heading in ("sampler", "error, own masks", "error, random masks", "motion lift", "probe top-1", "s/step"):
-            table.add_column(heading, justify="left" if heading == "sampler" else "right")
-        for name, metrics in self.results.items():
-            table.add_row(name, *table_row(metrics, COLUMNS))
+        metrics = shown(self.results.values())
+        table.add_column("sampler")
+        for metric in metrics:
+            table.add_column(heading(metric), justify="right")
+        for name, figures in self.results.items():
+            table.add_row(name, *(in_digits(figures, metric) for metric in metrics))
         return table
+
+
+def new_learner(config: RunConfig) -> MAELearner:
+    """The MAE that a configuration asks for, from scratch or from ``mae.init``.
+
+    Raises:
+        ConfigError: if ``mae.init`` cannot be loaded, or is not for clips such as these.
+    """
+    clip, mae = config.clip, config.mae
+    grid = TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "learning_rate": mae.learning_rate,
+        "base_learning_rate": mae.base_learning_rate,
+        "weight_decay": mae.weight_decay,
+        "warmup_steps": mae.warmup_steps,
+        "total_steps": config.steps // mae.update_every,
+        "device": config.device,
+        "seed": config.seed,
+        "compile": mae.compile,
+    }
+    if mae.init is None:
+        return MAELearner(grid, mae.size, **options).train(not mae.frozen)
+    try:
+        learner = load_learner(mae.init, **options)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"mae.init: {error}") from error
+    if learner.grid != grid:
+        raise ConfigError(f"mae.init: {mae.init} was made for {learner.grid}, but clip says {grid}")
+    return learner.train(not mae.frozen)
 
 
 def agent_maker(section: AgentConfig | OtherAgentConfig) -> tuple[Any, dict[str, Any]]:

@@ -71,6 +71,11 @@ def data_text(value: Any) -> Any:
     return f"{kind}:{root}" + "?" * bool(options) + "&".join(f"{name}={option}" for name, option in options)
 
 
+def data_texts(value: Any) -> Any:
+    """Names of data sets, each as ``data_text`` has it and understood; anything but a list as it is."""
+    return [check_text("data", data_text(x)) for x in value] if isinstance(value, list) else value
+
+
 def _check_divides(whole: int, part: int, what: str) -> None:
     if whole % part:
         below = max(d for d in range(1, min(part, whole) + 1) if whole % d == 0)
@@ -147,7 +152,7 @@ class MAEConfig(Section):
     size: Literal["tiny", "small", "base", "large"] = "tiny"
     """Network size: tiny is for CPUs, base is VideoMAE's ViT-B."""
     init: str | None = None
-    """Start from a run's mae.safetensors or hf:FOLDER, a Hugging Face VideoMAE, sizes and all; None is from scratch."""
+    """Start from a run's mae.safetensors or hf:/folder of a Hugging Face VideoMAE, sizes too; None is from scratch."""
     frozen: bool = False
     """Leave the MAE as it is, which makes the environment a stationary one."""
     learning_rate: PositiveFloat | None = None
@@ -298,6 +303,12 @@ class FinetuneConfig(Section):
     """Probability of random erasing."""
     repeats: PositiveInt = 2
     """Augmented versions of one decoded clip in a batch."""
+    sampling: Literal["dense", "uniform"] = "dense"
+    """As of clip, for training and test alike."""
+    augment: Literal["none", "multi_scale", "random_resized"] = "none"
+    """As of clip."""
+    flip: bool = False
+    """As of clip."""
     max_grad_norm: PositiveFloat | None = None
     """Norm to which the gradient is clipped; None leaves it."""
     test_clips: PositiveInt = 2
@@ -308,8 +319,26 @@ class FinetuneConfig(Section):
     """Who chooses the tokens that enter the encoder where keep_ratio is below 1: chance, or the run's own agent."""
     keep_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of tokens that enter the encoder in fine-tuning."""
-    test_keep_ratios: list[float] = Field(default=[1.0])
+    test_keep_ratios: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[1.0], min_length=1)
     """Shares of tokens that enter the encoder in the test: accuracy against them is plotted if there are several."""
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _leaves_epochs(cls, value: int, info: ValidationInfo) -> int:
+        epochs = info.data.get("epochs")
+        if epochs is not None and value >= epochs:
+            raise ValueError(f"{value} is not below epochs = {epochs}; give {epochs - 1} at most")
+        return value
+
+    @field_validator("mixup", "cutmix")
+    @classmethod
+    def _has_pairs(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("batch_size", 0) % 2:
+            raise ValueError(
+                f"{value} is given, and mixes clips in pairs, beside batch_size = {info.data['batch_size']}; "
+                "give 0, or an even batch_size"
+            )
+        return value
 
 
 class EvaluateConfig(Section):
@@ -331,7 +360,7 @@ class EvaluateConfig(Section):
     @field_validator("data", mode="before")
     @classmethod
     def _are_understood(cls, value: Any) -> Any:
-        return [check_text("data", data_text(x)) for x in value] if isinstance(value, list) else value
+        return data_texts(value)
 
 
 class RunConfig(Section):
@@ -405,6 +434,11 @@ class RunConfig(Section):
             )
         if self.rounds > 1 and self.horizon > 1:
             raise ValueError(f"horizon: {self.horizon} is given beside rounds = {self.rounds}; set one of them to 1")
+        if self.rounds > 1 and self.finetune.sampler == "policy":
+            raise ValueError(
+                "finetune.sampler: a policy that acts in rounds sees more than a clip's tokens and can't choose those "
+                "of a classifier; give random, or set rounds to 1"
+            )
         checks: list[tuple[str, int, int, str]] = [
             ("rounds", k, self.rounds, "the number of visible tokens K"),
             ("loader.repeats", self.batch_size, self.loader.repeats, "batch_size"),

@@ -36,9 +36,10 @@ for _yaml in (_Loader, _Dumper):  # YAML 1.1, which PyYAML speaks, reads 1e-3 as
 
 
 def packaged_configs(verb: str = "run") -> list[str]:
-    """Names of the configurations for ``tats run`` or, named ``compare...``, for ``tats compare`` that we ship."""
-    names = sorted(item.name[:-5] for item in files("experiments").iterdir() if item.name.endswith(".yaml"))
-    return [name for name in names if name.startswith("compare") == (verb == "compare")]
+    """Names of the configurations that we ship for ``tats run``, or of the grids (they hold agents) for ``compare``."""
+    found = {item.name[:-5]: item for item in files("experiments").iterdir() if item.name.endswith(".yaml")}
+    grids = [name for name, item in found.items() if "\nagents:" in item.read_text(encoding="utf-8")]
+    return sorted(name for name in found if (name in grids) == (verb == "compare"))
 
 
 def _read(path_or_name: str, verb: str) -> str:

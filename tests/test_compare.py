@@ -19,7 +19,7 @@ from PIL import Image
 
 from experiments import cli
 from experiments.compare import interval, markdown, summarise
-from experiments.grid import load_grid
+from experiments.grid import Cell, load_grid
 from experiments.refusals import ConfigError
 from experiments.yaml_files import packaged_configs
 
@@ -99,7 +99,7 @@ def test_grid_leaves_tables_and_plots_with_every_seed(finished: tuple[Path, str]
     table = (out / "table.md").read_text()
     assert table.count("\n") == 2 + 3 and "| mine | 0.9 |" in table and "±" in table
     assert "grid" in printed and "[6/6]" in printed and "too narrow" in printed
-    for name in ("error.png", "probe.png", "motion_lift.png"):
+    for name in ("error.png", "linear.png", "motion_lift.png"):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 5
     curve = list(csv.DictReader((out / "cells" / "rounds-0.9-0" / "metrics.csv").open()))
     assert [row["time/total_timesteps"] for row in curve] == ["24", "48", "72"]
@@ -182,7 +182,7 @@ def test_two_comparisons_cannot_work_in_one_folder(folder: Path) -> None:
 def test_statistics_are_those_of_the_seeds() -> None:
     values = {"random": [1.0, 1.2, 0.8], "ppo": [0.9, 1.3, 0.5]}
     results = {
-        (agent, 0.9, seed): {"random_mask_error": value, "motion_lift": None}
+        Cell(agent, "motion", 0.9, seed): {"random_mask_error": value, "motion_lift": None}
         for agent, row in values.items() for seed, value in enumerate(row)
     }  # fmt: skip
     found = {s.agent: s for s in summarise(results)}
@@ -207,6 +207,8 @@ def test_statistics_are_those_of_the_seeds() -> None:
         ({"agents": {"a": {"class": "tube", "run": 5}}}, "agents.a: run: 5 is not a mapping of a run's keys to values"),
         ({"sed": [1]}, "sed: unknown key; did you mean seeds?"),
         ({"seeds": []}, "seeds: "),
+        ({"data": ["moton"]}, "data: 'moton' is unknown; give motion, scenes or folder:/path"),
+        ({"data": ["motion"], "run": {"data": "motion"}}, "agents.random: run.data: the grid itself says this"),
         ({"mask_ratios": [1.5]}, "agents.random: mask_ratio: 1.5 is not below 1"),
         ({"agents": {"a/b": {"class": "tube"}}}, "agents: 'a/b' is unknown; give a folder's name"),
     ],
@@ -226,7 +228,7 @@ def test_options_reach_every_depth_of_a_grid(tmp_path: Path) -> None:
     options = ["--seeds", "[3]", "--run.clip.size=32", "--agents.mine.slot", "1", "--mask-ratios", "[0.95]"]
     grid, minutes = load_grid(str(tmp_path / "grid.yaml"), [*options, "--minutes", "2.5"])
     assert minutes == 2.5
-    run = grid.runs("grid.yaml")["mine", 0.95, 3]
+    run = grid.runs("grid.yaml")[Cell("mine", "motion", 0.95, 3)]
     assert (run.clip.size, run.mask_ratio, run.agent.model_extra) == (32, 0.95, {"slot": 1})
     for wrong in (["--minutes", "x"], ["steps"], ["--seeds"]):
         with pytest.raises(ConfigError, match="command line: "):

@@ -1,0 +1,70 @@
+"""``tats probe`` and ``tats finetune``: what the encoder of a finished run, or one from elsewhere, is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from experiments.config import dump_config, load_config
+from experiments.downstream import downstream, downstream_table
+from experiments.probes import PROBES
+from experiments.refusals import ConfigError
+from experiments.run import LOCK, agent_maker, new_folder, new_learner
+from experiments.schema import RunConfig
+from experiments.videos import Videos
+from tats_env.data import write_bad_videos
+from tats_env.mae import MAELearner, load_learner
+
+MAE_FILE = "mae.safetensors"
+
+
+def evaluate_trained(verb: str, args: Sequence[str]) -> int:
+    """Carry out ``probe`` or ``finetune`` for a run's folder or a configuration; returns the exit code.
+
+    Args:
+        verb: which of the two.
+        args: the folder of a run, or a YAML file with ``mae.init``; then options as of ``tats run``.
+    """
+    console = Console()
+    given = Path(args[0])
+    trained = (given / MAE_FILE).is_file()
+    if trained:
+        # The run under random masks that a run may hold has its configuration
+        home = given if (given / "config.yaml").is_file() else given.parent
+        config = load_config(str(home / "config.yaml"), args[1:], prog=f"tats {verb} {args[0]}")
+        folder = given
+        mae = load_learner(given / MAE_FILE, device=config.device)
+    else:
+        config = load_config(args[0], args[1:], prog=f"tats {verb} {args[0]}")
+        mae = new_learner(config)
+        folder = new_folder(Path(config.out), f"{config.name}-{verb}")
+        (folder / "config.yaml").write_text(dump_config(config))
+    try:
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(f"{folder}: another tats is at work in this folder; wait for it") from None
+    with lock:
+        videos = Videos(config)
+        agent = _agent(config, folder, mae) if verb == "finetune" and config.finetune.sampler == "policy" else None
+        tasks = list(PROBES) if verb == "probe" else ["finetune"]
+        found = downstream(config, tasks, mae, agent, videos, folder, console)
+        write_bad_videos(folder, *videos.opened())
+    if not any(found.values()):
+        raise ConfigError(f"data: {', '.join(found)}: there are not two classes to tell apart")
+    origin = str(given) if trained else config.mae.init or f"{args[0]}, from scratch"
+    console.print(downstream_table(found, f"{verb}: {origin}"))
+    console.print(f"Written to {folder / 'downstream'}", soft_wrap=True)
+    return 0
+
+
+def _agent(config: RunConfig, folder: Path, mae: MAELearner) -> Any:
+    """The sampler that the run trained, to be asked."""
+    make, _ = agent_maker(config.agent)
+    path = folder / f"policy{getattr(make, 'suffix', '')}"
+    if not path.exists():
+        raise ConfigError(f"finetune.sampler: policy needs a run's folder with its sampler; {path} is not there")
+    return make.load(path)
