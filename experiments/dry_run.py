@@ -13,7 +13,8 @@ from rich.table import Table
 from experiments.config import parse_config, to_values
 from experiments.estimate import estimate
 from experiments.run import run
-from experiments.schema import RENDERED_SETS, OtherAgentConfig, RunConfig
+from experiments.schema import OtherAgentConfig, RunConfig
+from experiments.section import RENDERED_SETS
 from tats_env.data.miniature import MINIATURES
 
 CLASSES, PER_CLASS = 3, 4

@@ -324,7 +324,9 @@ class _Training:
             if theirs.get(name) != value
         ]
         if differing:
-            raise ValueError(f"{path} is of another fine-tuning: {'; '.join(differing)}; give another folder")
+            raise ValueError(
+                f"{path} is of another fine-tuning: {'; '.join(differing)}; delete that file to fine-tune anew"
+            )
         epoch = int(metadata["epoch"])
         tensors = {name: x.to(self.device) for name, x in tensors.items()}
         self.model.load_state_dict({n.removeprefix("model."): x for n, x in tensors.items() if n.startswith("model.")})

@@ -12,7 +12,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from experiments.config import parse, parse_config
 from experiments.refusals import ConfigError
-from experiments.schema import RENDERED_SETS, RunConfig, Section, check_text, data_texts
+from experiments.schema import RunConfig
+from experiments.section import RENDERED_SETS, Section, check_text, data_texts
 from experiments.yaml_files import packaged_configs, read_yaml, set_value
 
 

@@ -20,9 +20,6 @@ from experiments import cli
 from experiments.config import dump_config, load_config, parse_config, to_values
 from experiments.refusals import ConfigError
 from experiments.schema import (
-    RENDERED_SETS,
-    REWARDS,
-    ROOTED_SETS,
     AgentConfig,
     ClipConfig,
     EvaluateConfig,
@@ -30,6 +27,7 @@ from experiments.schema import (
     OtherAgentConfig,
     RunConfig,
 )
+from experiments.section import RENDERED_SETS, REWARDS, ROOTED_SETS
 from experiments.yaml_files import packaged_configs
 
 ROOT = Path(__file__).parents[1]
