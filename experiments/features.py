@@ -86,7 +86,7 @@ class EncodedTokens:
         for i, batch in enumerate(batches):
             clips = self.videos.test_clips(self.rows[batch], 0, 1, self.mae.device)
             if i + 1 < len(batches):
-                self.videos.prefetch_test(self.rows[batches[i + 1]], 0, 1)
+                self.videos.prefetch_test(self.rows[batches[i + 1]], 0, 1, self.mae.device)
             yield self.mae.features(clips).half()
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from agents.base import Agent
 from experiments.classifier import PolicySampler, VideoClassifier, autocast, choose_tokens, tokens_kept
+from experiments.features import labelled
 from experiments.multi_view import class_scores, plot_tokens_kept
 from experiments.progress import RunProgress
 from experiments.schema import FinetuneConfig
@@ -51,7 +52,7 @@ FORMAT = "tats-env classifier 1"
 CHECKPOINT = "finetune.safetensors"
 LOWEST_RATE = 1e-3
 """Where the learning rate starts and ends, as a share of its peak."""
-_NETWORK, _DROP_PATH, _START, _AUGMENT, _MIX, _TOKENS = range(6)  # what a random number is for
+_NETWORK, _DROP_PATH, _START, _AUGMENT, _MIX, _TOKENS, _PLACE = range(7)  # what a random number is for
 
 
 def finetune(
@@ -80,7 +81,7 @@ def finetune(
         console: where to show progress.
 
     Returns:
-        What finetune.json holds: ``top1``, ``top5`` and ``mean_class`` with the most tokens asked for;
+        What finetune.json holds: ``top1``, ``top5`` and ``mean_class`` with the share of tokens that counts;
         ``tokens_kept`` with those of each sampler and test_keep_ratio; views, epochs and seconds.
 
     Raises:
@@ -104,8 +105,13 @@ def finetune(
     training.run(console)
 
     start = time.perf_counter()
-    found = class_scores(training.model, mae, test, config, sampler, seed, console)
-    scores = {key: Scores(value, test.labels, test.class_names) for key, value in found.items()}
+    index = labelled(test)
+    labels = test.labels[index]
+    found = class_scores(training.model, mae, test, index, config, sampler, seed, console)
+    read = np.isin(index, labelled(test))  # another plays in place of one that turned out unreadable
+    scores = {
+        key: Scores(value[torch.from_numpy(read)], labels[read], test.class_names) for key, value in found.items()
+    }
     num_tokens = mae.grid.num_tokens
     kept = {
         name: [
@@ -115,9 +121,9 @@ def finetune(
         ]
         for name in dict.fromkeys(who for who, _ in scores)
     }
-    best = scores[config.sampler, max(config.test_keep_ratios)]
+    best = scores[config.sampler, config.judged]
     best.write(folder, "confusion")
-    if len(config.test_keep_ratios) > 1:
+    if len(config.tested) > 1:
         plot_tokens_kept(kept, num_tokens).savefig(folder / "tokens_kept.png", dpi=110)
     result = {
         **best.row(),
@@ -125,7 +131,7 @@ def finetune(
         "views": {"clips": config.test_clips, "crops": config.test_crops},
         "sampler": config.sampler,
         "keep_ratio": config.keep_ratio,
-        "test_keep_ratio": max(config.test_keep_ratios),
+        "test_keep_ratio": config.judged,
         "tokens_kept": kept,
         "epochs": config.epochs,
         "train_seconds": sum(float(row["seconds"]) for row in training.rows),
@@ -187,6 +193,7 @@ class _Training:
             "class_names": videos.class_names,
             "mae": str(mae.size),
             "grid": asdict(mae.grid),
+            "clip_span": videos.clip_span,
         }
         self.rows: list[dict[str, str]] = []
         """Lines of metrics.csv, one an epoch."""
@@ -238,21 +245,23 @@ class _Training:
         order = self.labelled[epoch_order(len(self.labelled), self.seed, epoch)]
         return rank_share(order, 0, 1, self.config.batch_size // self.config.repeats)
 
-    def _choose(self, order: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """(videos, first frames, keys) of a step's clips, int64 [B]: those repeated share all but the key."""
+    def _choose(self, order: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(videos, first frames, places along the longer side) of a step's clips [B]; repeated ones share all."""
         repeats, batch_size = self.config.repeats, self.config.batch_size
-        place = torch.arange(step * batch_size, (step + 1) * batch_size)
-        bits = self._bits(place[::repeats], self.epoch, _START).numpy() & ((1 << 62) - 1)
-        start = self.videos.starts(order[step], bits)
-        return order[step].repeat(repeats), start.repeat(repeats), self._bits(place, self.epoch, _AUGMENT)
+        first = torch.arange(step * batch_size, (step + 1) * batch_size, repeats)
+        bits, more = (self._bits(first, self.epoch, use).numpy() & ((1 << 62) - 1) for use in (_START, _PLACE))
+        start, place = self.videos.starts(order[step], bits), self.videos.positions(more)
+        return order[step].repeat(repeats), start.repeat(repeats), place.repeat(repeats)
 
     def _batch(self, order: np.ndarray, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """A step's clips, ready to be learnt from: normalised patches [B, N, P], targets [B, C], tokens [B, K]."""
         config, grid = self.config, self.mae.grid
-        video, start, keys = self._choose(order, step)
-        clips = self.videos.clips(video, start, self.device, keys)
+        video, start, place = self._choose(order, step)
+        keys = self._bits(step * config.batch_size + torch.arange(config.batch_size), self.epoch, _AUGMENT)
+        clips = self.videos.clips(video, start, self.device, keys, place)
         if step + 1 < self.steps:
-            self.videos.prefetch(*self._choose(order, step + 1))
+            video_next, start_next, place_next = self._choose(order, step + 1)
+            self.videos.prefetch(video_next, start_next, self.device, place_next)
         if config.randaugment_ops:
             clips = rand_augment(clips, keys, config.randaugment_ops, config.randaugment_magnitude)
         pixels = (clips.float() - self._mean) / self._std

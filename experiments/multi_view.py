@@ -21,6 +21,7 @@ def class_scores(
     model: VideoClassifier,
     mae: MAELearner,
     videos: VideoSet,
+    index: np.ndarray,
     config: FinetuneConfig,
     sampler: PolicySampler | None,
     seed: int,
@@ -31,7 +32,8 @@ def class_scores(
     Args:
         model: the classifier, which is left in evaluation mode.
         mae: for the token grid and normalisation.
-        videos: V of them.
+        videos: the test set.
+        index: which of them to test on [V].
         config: of the test.
         sampler: also keep the tokens that it scores highest; None keeps random ones only.
         seed: of the random tokens; of one view, fewer are always some of the more.
@@ -42,49 +44,46 @@ def class_scores(
     """
     model.eval()
     num_tokens, num_views = mae.grid.num_tokens, config.test_clips * config.test_crops
-    ratios = sorted(set(config.test_keep_ratios))
+    ratios = config.tested
     names = ["random"] if sampler is None else ["random", "policy"]
     found = {
-        (name, ratio): torch.zeros(len(videos), len(videos.class_names), device=mae.device)
+        (name, ratio): torch.zeros(len(index), len(videos.class_names), device=mae.device)
         for name in names
         for ratio in ratios
     }
-    batches = np.split(np.arange(len(videos)), range(config.batch_size, len(videos), config.batch_size))
-    progress = RunProgress(console, len(batches) * num_views)
+    rows = np.split(np.arange(len(index)), range(config.batch_size, len(index), config.batch_size))
+    views = [(batch, view) for batch in rows for view in range(num_views)]
+    progress = RunProgress(console, len(views))
     progress.start("testing")
+
+    def asked(i: int) -> tuple[np.ndarray, int, int, torch.device, int | None]:
+        """What a set is asked for the i-th batch of views."""
+        batch, view = views[i]
+        nth, crop = divmod(view, config.test_crops)
+        return index[batch], nth, config.test_clips, mae.device, crop if config.test_crops > 1 else None
+
     try:
-        for index in batches:
-            for view in range(num_views):
-                clips = videos.test_clips(index, *_place(view, config), mae.device, _crop(view, config))
-                if view + 1 < num_views:
-                    videos.prefetch_test(index, *_place(view + 1, config), _crop(view + 1, config))
-                patches = mae.normalize(mae.grid.patchify(clips))
-                key = keyed_bits(torch.from_numpy(index), seed, view).to(mae.device, non_blocking=True)
-                order = keyed_order(key, num_tokens)
-                scores = sampler(patches) if sampler is not None and ratios[0] < 1 else None
-                shares: dict[float, Tensor] = {}  # with all tokens in, whoever chose them
-                for (name, ratio), total in found.items():
-                    visible = choose_tokens(tokens_kept(num_tokens, ratio), order, scores if name == "policy" else None)
-                    if visible is not None or ratio not in shares:
-                        with autocast(mae.device):
-                            logits = model(patches, visible)
-                        shares[ratio] = logits.float().softmax(dim=1)
-                    total[torch.from_numpy(index).to(mae.device)] += shares[ratio] / num_views
-                progress.on_step(None)
-            progress.write({}, {})
+        for i, (batch, view) in enumerate(views):
+            clips = videos.test_clips(*asked(i))
+            if i + 1 < len(views):
+                videos.prefetch_test(*asked(i + 1))
+            patches = mae.normalize(mae.grid.patchify(clips))
+            key = keyed_bits(torch.from_numpy(index[batch]), seed, view).to(mae.device, non_blocking=True)
+            order = keyed_order(key, num_tokens)
+            scores = sampler(patches) if sampler is not None and ratios[0] < 1 else None
+            shares: dict[float, Tensor] = {}  # with all tokens in, whoever chose them
+            for (name, ratio), total in found.items():
+                visible = choose_tokens(tokens_kept(num_tokens, ratio), order, scores if name == "policy" else None)
+                if visible is not None or ratio not in shares:
+                    with autocast(mae.device):
+                        logits = model(patches, visible)
+                    shares[ratio] = logits.float().softmax(dim=1)
+                total[torch.from_numpy(batch).to(mae.device)] += shares[ratio] / num_views
+            progress.on_step(None)
+        progress.write({}, {})
     finally:
         progress.close()
     return found
-
-
-def _place(view: int, config: FinetuneConfig) -> tuple[int, int]:
-    """Which clip a view shows, of how many."""
-    return view // config.test_crops, config.test_clips
-
-
-def _crop(view: int, config: FinetuneConfig) -> int | None:
-    """Where along the longer side a view is cropped; None is the centre."""
-    return view % config.test_crops if config.test_crops > 1 else None
 
 
 def plot_tokens_kept(kept: dict[str, list[dict[str, float]]], num_tokens: int) -> Figure:

@@ -239,8 +239,18 @@ class FinetuneConfig(Section):
     """Who chooses the tokens that enter the encoder where keep_ratio is below 1: chance, or the run's own agent."""
     keep_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of tokens that enter the encoder in fine-tuning."""
-    test_keep_ratios: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[1.0], min_length=1)
-    """Shares of tokens that enter the encoder in the test: accuracy against them is plotted if there are several."""
+    test_keep_ratios: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
+    """Shares of tokens that enter the encoder in the test; several are plotted, and None is keep_ratio alone."""
+
+    @property
+    def tested(self) -> list[float]:
+        """The shares of tokens that enter the encoder in the test, ascending."""
+        return sorted(set(self.test_keep_ratios or [self.keep_ratio]))
+
+    @property
+    def judged(self) -> float:
+        """The share of tokens whose score counts: as in training, if that is tested, else the most."""
+        return self.keep_ratio if self.keep_ratio in self.tested else self.tested[-1]
 
     @field_validator("warmup_epochs")
     @classmethod

@@ -168,12 +168,14 @@ class MaskingTask:
         key = self._key(self.episode, position, purpose).to(self.device, non_blocking=True)
         return keyed_order(key, self.grid.num_tokens)
 
-    def _choose(self, episode: int, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """(video index [B], first frame [B]) of a clip: consecutive clips of one video within an episode."""
+    def _choose(self, episode: int, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(video index, first frame, place along the longer side) of the clips [B]: consecutive ones of one video
+        within an episode."""
         key = self._key(episode, 0, _CLIP)[:: self.repeats].repeat_interleave(self.repeats)
-        bits = keyed_bits(key[:, None], torch.arange(2)).numpy() & ((1 << 62) - 1)
+        bits = keyed_bits(key[:, None], torch.arange(3)).numpy() & ((1 << 62) - 1)
         video = bits[:, 0] % len(self.videos)
-        return video, self.videos.starts(video, bits[:, 1], self.num_clips, position)
+        start = self.videos.starts(video, bits[:, 1], self.num_clips, position)
+        return video, start, self.videos.positions(bits[:, 2])
 
     def _crops(self, episode: int, position: int) -> Tensor | None:
         """Keys of the clips' crops and mirroring [B], where the set was opened to crop and mirror; None elsewhere."""
@@ -195,12 +197,12 @@ class MaskingTask:
         return self.position + 1 == self.horizon
 
     def _load(self) -> None:
-        self.video_index, self.start_frame = self._choose(self.episode, self.position)
+        self.video_index, self.start_frame, place = self._choose(self.episode, self.position)
         self.crops = self._crops(self.episode, self.position)
-        self.clips = self.videos.clips(self.video_index, self.start_frame, self.device, self.crops)
+        self.clips = self.videos.clips(self.video_index, self.start_frame, self.device, self.crops, place)
         last = self.position + 1 == self.num_clips
-        following = (self.episode + 1, 0) if last else (self.episode, self.position + 1)
-        self.videos.prefetch(*self._choose(*following), self._crops(*following))
+        video, start, place = self._choose(*((self.episode + 1, 0) if last else (self.episode, self.position + 1)))
+        self.videos.prefetch(video, start, self.device, place)
 
     @torch.no_grad()
     def observe(self) -> Tensor:

@@ -18,10 +18,11 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from tats_env.data import cache as cache_module
 from tats_env.data.cache import FrameCache
-from tats_env.data.reader import DECODERS, DecordReader, NpyReader, UnreadableVideo, probe, read_frames
+from tats_env.data.reader import DECODERS, DecordReader, NpyReader, UnreadableVideo, probe, read_frames, read_scaled
 
 SIZE = (32, 32)
-STORED = 12 * 32 * 32 * 3 + 128  # bytes of one of ``videos``, with npy's header
+SCALED = (32, 48)  # what covers SIZE
+STORED = 12 * 32 * 48 * 3 + 128  # bytes of one of ``videos``, with npy's header
 PLENTY = 1 << 30
 ALL = np.arange(12)
 
@@ -35,6 +36,12 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
                    "-frames:v", "12", "-pix_fmt", "yuv420p", "-g", "4", folder / f"{i}.mp4"]  # fmt: skip
         subprocess.run(command, check=True)
     return sorted(folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def all_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is stored may make room for others."""
+    monkeypatch.setattr(cache_module, "IDLE", 0)
 
 
 def take(
@@ -56,7 +63,8 @@ def everything(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def python(code: str) -> subprocess.Popen[str]:
-    code = f"from pathlib import Path; import numpy as np; from tats_env.data.cache import FrameCache\n{code}"
+    names = "from pathlib import Path; import numpy as np; from tats_env.data import cache as c; c.IDLE = 0"
+    code = f"{names}; FrameCache = c.FrameCache\n{code}"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -74,7 +82,7 @@ def test_frames_are_the_same_bytes_as_without_the_cache(videos: list[Path], tmp_
 def test_a_video_is_decoded_once(videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = FrameCache(tmp_path, PLENTY)
     first = take(cache, videos[0], np.array([3]))
-    monkeypatch.setattr(cache_module, "read_frames", refuse)
+    monkeypatch.setattr(cache_module, "read_scaled", refuse)
     assert np.array_equal(take(cache, videos[0])[3], first[0])
     assert np.array_equal(take(FrameCache(tmp_path, PLENTY), videos[0])[3], first[0]), "nor by the next process"
 
@@ -82,14 +90,14 @@ def test_a_video_is_decoded_once(videos: list[Path], tmp_path: Path, monkeypatch
 def test_a_long_video_is_decoded_piece_by_piece(
     videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "CHUNK", 5 * 32 * 32 * 3 + 1)
+    monkeypatch.setattr(cache_module, "CHUNK", 5 * 32 * 48 * 3 + 1)
     pieces: list[int] = []
 
     def counted(path: Path, size: tuple[int, int], indices: np.ndarray, **options: object) -> np.ndarray:
         pieces.append(len(indices))
-        return read_frames(path, size, indices, **options)  # type: ignore[arg-type]
+        return read_scaled(path, size, indices, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cache_module, "read_frames", counted)
+    monkeypatch.setattr(cache_module, "read_scaled", counted)
     assert np.array_equal(take(FrameCache(tmp_path, PLENTY), videos[0]), read_frames(videos[0], SIZE))
     assert pieces == [5, 5, 2]
 
@@ -98,18 +106,19 @@ def test_what_the_frames_depend_on_is_told_apart(videos: list[Path], tmp_path: P
     cache, path = FrameCache(tmp_path / "cache", PLENTY), tmp_path / "video.mp4"
     path.write_bytes(videos[0].read_bytes())
     take(cache, path)
+    take(cache, path, size=(48, 48))
+    assert len(stored(cache.folder)) == 2
     take(cache, path, position=0.0)
-    take(cache, path, size=(32, 48))
-    assert len(stored(cache.folder)) == 3
+    assert len(stored(cache.folder)) == 2, "of one video there is one copy, wherever it is cropped"
     (tmp_path / "link.mp4").symlink_to(path)
     take(cache, tmp_path / "link.mp4")
-    assert len(stored(cache.folder)) == 3, "the same file by another name"
+    assert len(stored(cache.folder)) == 2, "the same file by another name"
     path.write_bytes(videos[1].read_bytes())
     assert np.array_equal(take(cache, path), read_frames(videos[1], SIZE)), "another file by the same name"
     before = path.stat().st_mtime_ns
     os.utime(path, ns=(before, before + 1))
     take(cache, path)
-    assert len(stored(cache.folder)) == 5
+    assert len(stored(cache.folder)) == 4
 
 
 # Size and order
@@ -122,7 +131,7 @@ def aged(folder: Path) -> None:
 
 
 def is_stored(cache: FrameCache, path: Path) -> bool:
-    file = cache._file(path, SIZE, 0.5, "decord")
+    file = cache._file(path, SCALED, "decord")
     return file is not None and file.exists()
 
 
@@ -138,6 +147,28 @@ def test_the_videos_unused_for_longest_make_room(videos: list[Path], tmp_path: P
     take(cache, videos[5])
     assert [is_stored(cache, path) for path in videos] == [True, False, False, True, True, True]
     assert int((tmp_path / "bytes").read_text()) == 4 * STORED == sum(file.stat().st_size for file in stored(tmp_path))
+
+
+def test_a_full_cache_keeps_what_is_in_use_and_decodes_no_whole_video_for_nothing(
+    videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "IDLE", 3600)
+    cache, pieces = FrameCache(tmp_path, int(4.5 * STORED)), list[int]()
+
+    def counted(path: Path, size: tuple[int, int], indices: np.ndarray, **options: object) -> np.ndarray:
+        pieces.append(len(indices))
+        return read_scaled(path, size, indices, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cache_module, "read_scaled", counted)
+    for _ in range(3):  # epochs
+        for path in videos:
+            assert np.array_equal(take(cache, path, np.array([3])), read_frames(path, SIZE, np.array([3])))
+    assert [is_stored(cache, path) for path in videos] == [True] * 4 + [False] * 2
+    assert pieces == [12] * 5 + [1] * 5
+    for file in stored(tmp_path):
+        os.utime(file, (time.time() - 3601,) * 2)
+    take(FrameCache(tmp_path, int(4.5 * STORED)), videos[5])
+    assert is_stored(cache, videos[5]) and len(stored(tmp_path)) == 4
 
 
 def test_the_folder_is_searched_only_when_the_limit_seems_reached(
@@ -220,7 +251,7 @@ def test_a_file_that_goes_just_before_it_is_read_is_decoded_anew(
 @pytest.mark.parametrize(
     ("moment", "strike"),
     [
-        ("half is written", "cache.read_frames = lambda *a, **k: read(*a, **k) if next(calls) < 2 else kill()"),
+        ("half is written", "cache.read_scaled = lambda *a, **k: read(*a, **k) if next(calls) < 2 else kill()"),
         ("all is written", "cache.os.fsync = lambda descriptor: kill()"),
         ("it is counted", "Path.rename = lambda self, target: kill()"),
     ],
@@ -233,7 +264,7 @@ def test_a_killed_writer_leaves_whole_files_within_the_limit_and_its_remains_go(
 import itertools, os, signal
 from tats_env.data import cache
 from tats_env.data.reader import probe
-calls, read, kill = itertools.count(1), cache.read_frames, lambda: os.kill(os.getpid(), signal.SIGKILL)
+calls, read, kill = itertools.count(1), cache.read_scaled, lambda: os.kill(os.getpid(), signal.SIGKILL)
 videos = [Path(p) for p in {list(map(str, videos))}]
 infos = [probe(path) for path in videos]
 for i in range(4):
@@ -247,7 +278,7 @@ for i in range(4):
     assert len(left) == 1 and left[0].stat().st_size <= STORED
     cache, there = FrameCache(tmp_path, limit), stored(tmp_path)
     assert len(there) == (2 if moment == "it is counted" else 3)
-    assert all(np.load(file).shape == (12, *SIZE, 3) for file in there)
+    assert all(np.load(file).shape == (12, *SCALED, 3) for file in there)
     for path in videos:
         assert np.array_equal(take(cache, path), read_frames(path, SIZE))
         assert sum(file.stat().st_size for file in stored(tmp_path)) <= limit
@@ -264,7 +295,7 @@ def test_kills_at_random_leave_whole_files_within_the_limit(videos: list[Path], 
         time.sleep(0.03 * seed)
         process.kill()
         process.communicate()
-        assert all(np.load(file).shape == (12, *SIZE, 3) for file in stored(tmp_path))
+        assert all(np.load(file).shape == (12, *SCALED, 3) for file in stored(tmp_path))
         assert sum(file.stat().st_size for file in stored(tmp_path)) <= limit
 
 
@@ -320,12 +351,12 @@ def test_a_read_only_cache_is_used_and_left_untouched(
     take(FrameCache(tmp_path, PLENTY), videos[1])
     aged(tmp_path)
     (tmp_path / "unfinished" / "left.1.over").touch()
-    reader, broken = FrameCache(tmp_path, 0), FrameCache(tmp_path, 0)._file(videos[1], SIZE, 0.5, "decord")
+    reader, broken = FrameCache(tmp_path, 0), FrameCache(tmp_path, 0)._file(videos[1], SCALED, "decord")
     assert broken is not None
     broken.write_bytes(b"damaged")
     before = everything(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_module, "read_frames", refuse)
+        patch.setattr(cache_module, "read_scaled", refuse)
         assert np.array_equal(take(reader, videos[0]), expected), "from the cache"
     for _ in range(2):
         for path in videos:
@@ -362,17 +393,22 @@ for path, info in zip(videos, infos):
     assert len(stored(tmp_path)) == 1 and not list((tmp_path / "unfinished").iterdir())
 
 
-def test_a_lock_that_is_never_let_go_is_a_warning_and_no_hang(
-    videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_lock_that_is_never_let_go_costs_one_wait_and_later_videos_are_stored(
+    videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(cache_module, "LOCK_TIMEOUT", 2)
     from filelock import FileLock
 
     cache = FrameCache(tmp_path, PLENTY)
     with FileLock(tmp_path / ".lock"):
-        for path in videos[:2]:
+        start = time.monotonic()
+        for path in videos:
             assert np.array_equal(take(cache, path), read_frames(path, SIZE))
-    assert len(caplog.records) == 1 and not stored(tmp_path) and not list((tmp_path / "unfinished").iterdir())
+        assert time.monotonic() - start < 8
+    assert not stored(tmp_path) and not list((tmp_path / "unfinished").iterdir())
+    monkeypatch.setattr(cache, "_pause_until", 0)
+    take(cache, videos[0])
+    assert len(stored(tmp_path)) == 1
 
 
 def test_what_is_stored_may_be_read_by_others_as_the_umask_says(videos: list[Path], tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from tats_env.data import DataError, VideoSet, list_videos, motion, open_dataset, video_set, write_bad_videos
-from tats_env.data import stream as stream_module
 from tats_env.data.folder import EXTENSIONS, list_folder
 from tats_env.data.reader import UnreadableVideo, probe, read_frames
 
@@ -272,23 +271,30 @@ def stream(monkeypatch: pytest.MonkeyPatch, *arguments: str, **options: int | st
 
 
 def test_streaming_gives_the_same_clips_as_memory(rendered: VideoSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "AHEAD_BYTES", 10 * 16 * 64 * 64 * 3)  # ten clips
     streamed = stream(monkeypatch, "motion", size=(64, 64))
     rng = np.random.default_rng(0)
     for ahead in (False, True, True):
         video, start = rng.integers(0, 60, 16), rng.integers(0, 40, 16)
         video[3], start[3] = video[2], start[2]
         if ahead:
-            streamed.prefetch(rng.integers(0, 60, 4), rng.integers(0, 25, 4))  # a hint that nobody takes up
-            streamed.prefetch(video, start)
+            streamed.prefetch(rng.integers(0, 60, 4), rng.integers(0, 25, 4), CPU)  # a hint that nobody takes up
+            streamed.prefetch(video, start, CPU)
         assert torch.equal(streamed.clips(video, start, CPU), rendered.clips(video, start, CPU))
         assert torch.equal(streamed.foreground(video, start, CPU), rendered.foreground(video, start, CPU))
-        assert len(streamed._stream._ahead) <= 10
-    video = np.arange(10)
-    streamed.prefetch(video, video)
-    assert len(streamed._stream._ahead) == 10
+
+
+def test_what_was_said_to_come_next_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed, video = stream(monkeypatch, "motion", size=(64, 64)), np.arange(10)
+    taken: list[int] = []
+    take = streamed._stream.take
+    monkeypatch.setattr(
+        streamed._stream, "take", lambda requests, clips: taken.append(len(requests)) or take(requests, clips)
+    )
+    streamed.prefetch(video, video, CPU)
     streamed.clips(video, video, CPU)
-    assert not streamed._stream._ahead, "what was taken is dropped"
+    assert taken == [10]
+    streamed.clips(video, video, CPU)
+    assert taken == [10, 10], "what was taken is dropped"
 
 
 def test_a_file_that_vanishes_while_streaming_is_replaced_by_the_next_good_one(
@@ -305,7 +311,7 @@ def test_a_file_that_vanishes_while_streaming_is_replaced_by_the_next_good_one(
     videos.paths[last_a].unlink()
     with caplog.at_level(logging.WARNING, logger="tats_env.data"):
         for start in (first, first + 7):
-            videos.prefetch(every, start)
+            videos.prefetch(every, start, CPU)
             clips = videos.clips(every, start, CPU)
             assert torch.equal(clips[last_a], clips[last_a + 1])
     others = np.delete(every, last_a)
@@ -315,7 +321,7 @@ def test_a_file_that_vanishes_while_streaming_is_replaced_by_the_next_good_one(
     assert len(caplog.records) == 1 and "plays in its place" in caplog.text
     for path in videos.paths:
         path.unlink(missing_ok=True)
-    with pytest.raises(DataError, match="no file can be decoded any more"):
+    with pytest.raises(DataError, match="files can't be decoded any more"):
         videos.clips(every, first + 1, CPU)
 
 

@@ -108,11 +108,13 @@ class Watched:
     def __len__(self) -> int:
         return len(self.videos)
 
-    def clips(self, video: np.ndarray, start: np.ndarray, device: torch.device, key: Tensor) -> Tensor:
+    def clips(
+        self, video: np.ndarray, start: np.ndarray, device: torch.device, key: Tensor, position: np.ndarray
+    ) -> Tensor:
         if len(self.asked) == self.stop:
             raise KeyboardInterrupt
         self.asked.append((video, start, key))
-        return self.videos.clips(video, start, device, key)
+        return self.videos.clips(video, start, device, key, position)
 
 
 def test_a_sampler_that_finds_what_matters_beats_chance_where_few_tokens_enter(
@@ -223,7 +225,7 @@ def test_a_videos_probabilities_are_averaged_over_its_views(mae: MAELearner, tes
     torch.nn.init.normal_(model.head.weight)
     sampler = PolicySampler(Brightest(), mae)  # type: ignore[arg-type]
     config = FinetuneConfig(batch_size=4, test_clips=2, test_crops=3, test_keep_ratios=[1.0, 0.25], sampler="policy")
-    found = class_scores(model, mae, test_set, config, sampler, 0, Console(file=StringIO()))
+    found = class_scores(model, mae, test_set, np.arange(len(test_set)), config, sampler, 0, Console(file=StringIO()))
     assert {(name, ratio) for name, ratio in found} == {(n, r) for n in ("policy", "random") for r in (0.25, 1.0)}
     everything = torch.arange(32)[None]
     for v in range(len(test_set)):
@@ -247,7 +249,9 @@ def test_the_views_of_a_video_differ_and_one_crop_is_the_centre(mae: MAELearner,
 
     def scores(**views: Any) -> Tensor:
         config = FinetuneConfig(test_clips=1, **views)
-        return class_scores(model, mae, test_set, config, None, 0, Console(file=StringIO()))["random", 1.0]
+        return class_scores(model, mae, test_set, np.arange(len(test_set)), config, None, 0, Console(file=StringIO()))[
+            "random", 1.0
+        ]
 
     centre = mae.normalize(GRID.patchify(test_set.test_clips(np.arange(len(test_set)), 0, 1, CPU, None)))
     assert torch.allclose(scores(test_crops=1), model(centre).softmax(1).detach(), atol=1e-5)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,14 @@ def workers_of(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
 
 
+def pool(paths: list[Path], workers: int, reader: ClipReader | None = None) -> ClipStream:
+    return ClipStream(paths, [INFO] * 30, reader or ClipReader((32, 32)), SHAPE, workers)
+
+
+def decoded(paths: list[Path], requests: list[ClipRequest]) -> np.ndarray:
+    return np.stack([ClipReader((32, 32))(paths[v], INFO, frames, place) for v, frames, place in requests])
+
+
 def test_worker_processes_give_the_same_clips_as_memory_in_any_number(
     streamed: VideoSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,56 +67,59 @@ def test_worker_processes_give_the_same_clips_as_memory_in_any_number(
     monkeypatch.setattr(video_set, "MEMORY_LIMIT", 0)
     alone = open_dataset("motion", num_videos=30, workers=1)
     for seed in range(3):
-        streamed.prefetch(*draws(seed + 1))
-        streamed.prefetch(*draws(seed))
+        streamed.prefetch(*draws(seed + 1), CPU)
+        streamed.prefetch(*draws(seed), CPU)
         expected = resident.clips(*draws(seed), CPU)
         assert torch.equal(streamed.clips(*draws(seed), CPU), expected)
         assert torch.equal(alone.clips(*draws(seed), CPU), expected)
     assert len(workers_of(psutil.Process())) >= 2
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_larger_than_the_memory_for_clips_is_decoded_all_the_same(
-    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    paths: list[Path], workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "AHEAD_BYTES", 0)
-    for workers in (0, 1):
-        pool = ClipStream(ClipReader(paths, [INFO] * 30, (32, 32)), SHAPE, workers)
-        video, start = draws(5, 60)
-        requests = [
-            ClipRequest(v, tuple(range(s, s + 16))) for v, s in zip(video.tolist(), start.tolist(), strict=True)
-        ]
-        pool.prefetch(requests[::-1])
-        clips = np.zeros((60, *SHAPE, 3), np.uint8)
-        assert pool.take(requests, clips) == {}
-        expected = np.stack([pool.reader(request) for request in requests])
-        assert np.array_equal(clips, expected)
+    monkeypatch.setattr(stream, "SLOTS_PER_WORKER", 1)
+    requests, clips = windows(*draws(5, 60)), np.zeros((60, *SHAPE, 3), np.uint8)
+    assert pool(paths, workers).take(requests, clips) == {}
+    assert np.array_equal(clips, decoded(paths, requests))
 
 
+@dataclass(frozen=True)
 class Deadly(ClipReader):
-    """Video 3 kills whoever decodes it, video 4 never ends, video 5 is a defect."""
+    """Video 3 kills whoever decodes it, video 4 never ends, video 5 is a defect, video 6 fails the first time."""
 
-    def __call__(self, request: ClipRequest) -> np.ndarray:
-        if request.video == 3:
+    folder: str = ""
+
+    def __call__(self, path: Path, info: VideoInfo, frames: Sequence[int], position: float) -> np.ndarray:
+        video = int(path.stem)
+        if video == 3:
             os.kill(os.getpid(), signal.SIGSEGV)
-        if request.video == 4:
+        if video == 4:
             time.sleep(1000)
-        if request.video == 5:
+        if video == 5:
             raise ZeroDivisionError("a defect is not a bad video")
-        return super().__call__(request)
+        if video == 6 and not Path(self.folder, "tried").exists():
+            Path(self.folder, "tried").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(path, info, frames, position)
 
 
-def test_a_decoder_that_crashes_or_hangs_costs_one_clip(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_crashes_or_hangs_costs_one_clip(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(stream, "CLIP_SECONDS", 3)
-    pool = ClipStream(Deadly(paths, [INFO] * 30, (32, 32)), SHAPE, 2)
+    deadly = pool(paths, 2, Deadly((32, 32), folder=str(tmp_path)))
     requests = [ClipRequest(v, tuple(range(16))) for v in range(30) if v != 5]
     clips = np.zeros((29, *SHAPE, 3), np.uint8)
-    failed = pool.take(requests, clips)
-    assert failed.keys() == {3, 4}
-    assert "ended its process" in failed[3].reason and "more than 3 s" in failed[4].reason
+    failed = deadly.take(requests, clips)
+    assert failed.keys() == {3, 4} and (tmp_path / "tried").exists(), "what goes well the second time is good"
+    assert "ends the process" in failed[3].reason and "too long" in failed[4].reason
     good = [i for i, request in enumerate(requests) if request.video not in failed]
-    assert all(np.array_equal(clips[i], ClipReader.__call__(pool.reader, requests[i])) for i in good)
+    assert np.array_equal(clips[good], decoded(paths, [requests[i] for i in good]))
     with pytest.raises(ZeroDivisionError):
-        pool.take([ClipRequest(5, tuple(range(16)))], clips[:1])
+        deadly.take([ClipRequest(v, tuple(range(16))) for v in (0, 1, 5, 2)], clips[:4])
+    assert deadly.take(requests[:3] + requests[10:], clips[3:]) == {}, "an error leaves the pool usable"
 
 
 def test_a_worker_that_is_killed_is_replaced(streamed: VideoSet) -> None:
@@ -116,6 +129,33 @@ def test_a_worker_that_is_killed_is_replaced(streamed: VideoSet) -> None:
     time.sleep(1)  # nothing to do: the pool itself ends
     assert torch.equal(streamed.clips(*draws(0), CPU), whole)
     assert not streamed.bad_videos
+
+
+def test_too_little_shared_memory_is_a_warning_and_threads(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = set(os.listdir("/dev/shm"))
+    with pytest.raises(OSError):
+        stream._shared_memory(1 << 50)
+    assert set(os.listdir("/dev/shm")) == before
+    monkeypatch.setattr(stream, "_free_shared_memory", lambda: 1000)
+    requests, clips = windows(*draws(1)), np.zeros((24, *SHAPE, 3), np.uint8)
+    threads = pool(paths, 2)
+    assert threads.take(requests, clips) == {} and threads.workers == 0
+    assert np.array_equal(clips, decoded(paths, requests)) and "--shm-size" in caplog.text
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(
+        "import numpy as np, torch\n"
+        "from tats_env.data import open_dataset, video_set\n"
+        "video_set.MEMORY_LIMIT = 0\n"
+        "videos = open_dataset('motion', num_videos=30, workers=1)\n"
+        "videos.clips(np.arange(4), np.zeros(4, int), torch.device('cpu'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "if __name__ == '__main__':" in done.stderr
 
 
 def test_workers_and_shared_memory_go_when_the_run_is_killed(tmp_path: Path) -> None:
@@ -143,12 +183,9 @@ def test_workers_and_shared_memory_go_when_the_run_is_killed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_memory_stays_flat_over_thousands_of_clips(
-    paths: list[Path], workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(stream, "AHEAD_BYTES", 64 * int(np.prod(SHAPE)) * 3)
+def test_memory_stays_flat_over_thousands_of_clips(paths: list[Path], workers: int, tmp_path: Path) -> None:
     cache = FrameCache(tmp_path, 1 << 30) if workers else None
-    pool = ClipStream(ClipReader(paths, [INFO] * 30, (32, 32), cache=cache), SHAPE, workers)
+    busy = pool(paths, workers, ClipReader((32, 32), cache=cache))
     clips = np.zeros((50, *SHAPE, 3), np.uint8)
     rng = np.random.default_rng(0)
 
@@ -159,8 +196,7 @@ def test_memory_stays_flat_over_thousands_of_clips(
     def take(count: int) -> None:
         for _ in range(count // 50):
             requests = windows(rng.integers(0, 30, 50), rng.integers(0, 25, 50))
-            pool.prefetch(requests)
-            assert pool.take(requests, clips) == {}
+            assert busy.take(requests, clips) == {}
 
     take(1000)
     before = used()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from imageio_ffmpeg import get_ffmpeg_exe
 from torch import Tensor
 
 from tats_env.data import VideoSet, open_dataset, video_set
 from tats_env.data.augment import crop_boxes
+from tats_env.data.listing import Listing
 from tats_env.data.miniature import list_tree, ssv2_tree
 from tats_env.data.reader import read_frames
 
@@ -81,7 +84,7 @@ def test_crops_follow_the_key_alone_in_memory_and_streamed(
     for videos in (resident, streamed):
         whole = videos.clips(EVERY, START, CPU, keys())
         assert whole.shape == (12, 4, 32, 32, 3)
-        videos.prefetch(EVERY[::-1].copy(), START[::-1].copy(), keys().flip(0))
+        videos.prefetch(EVERY[::-1].copy(), START[::-1].copy(), CPU)
         assert torch.equal(videos.clips(EVERY[::-1].copy(), START[::-1].copy(), CPU, keys().flip(0)), whole.flip(0))
         assert torch.equal(videos.clips(EVERY[5:6], START[5:6], CPU, keys()[5:6]), whole[5:6])
         other = videos.clips(EVERY, START, CPU, keys(1))
@@ -92,12 +95,39 @@ def test_crops_follow_the_key_alone_in_memory_and_streamed(
 
 
 def test_crops_are_taken_from_the_whole_width_of_the_video(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, streamed = both(monkeypatch, spec, augment="multi_scale", num_frames=1)
+    assert resident._frames is None, "most crops would be decoded anew"
+    place = streamed.positions(np.arange(1 << 40, (1 << 40) + 12))
+    assert set(place) == {0.0, 0.25, 0.5, 0.75, 1.0}
+    whole = np.stack([read_frames(p, (48, 64), np.array([5]), decoder="decord") for p in streamed.paths])
+    clips = streamed.clips(EVERY, np.full(12, 5), CPU, None, np.linspace(0, 1, 12)).numpy()
+    edges = [abs(clips[0].mean() - whole[0][:, :, :48].mean()), abs(clips[0].mean() - whole[0][:, :, 16:].mean())]
+    assert edges[0] != edges[1]
+    assert (resident.positions(np.arange(5)) != 0.5).any()
+    assert (open_dataset(spec, num_frames=1).positions(np.arange(5)) == 0.5).all()
+
+
+def test_a_video_that_fails_is_replaced_by_clips_of_the_others_own_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, frames in (("a/long.mp4", 60), ("a/short.mp4", 24), ("a/other.mp4", 24), ("a/last.mp4", 24)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture = ("-f", "lavfi", "-i", f"testsrc2=s=64x64:r=12:duration={frames / 12}", "-frames:v", str(frames))
+        subprocess.run([get_ffmpeg_exe(), "-loglevel", "error", *picture, str(tmp_path / name)], check=True)
+    listing = Listing([tmp_path / f"a/{n}.mp4" for n in ("long", "short", "other", "last")], [0] * 4, ["a"])
     monkeypatch.setattr(video_set, "MEMORY_LIMIT", 0)
-    videos = open_dataset(spec, augment="multi_scale", num_frames=1)
-    _, _, position = videos._chosen(np.zeros(200, int), np.arange(200) % 24, keys(0, 200))
-    assert set(position) <= {0.0, 0.25, 0.5, 0.75, 1.0} and {0.0, 1.0} <= set(position)
-    again = videos._chosen(np.zeros(200, int), np.arange(200) % 24, keys(1, 200))[2]
-    assert np.array_equal(position, again), "clips of one start share what is decoded, whatever their keys"
+    for sampling in ("dense", "uniform"):
+        videos = VideoSet("a", "train", listing, num_frames=8, frame_stride=1, size=(32, 32), sampling=sampling)
+        index, start = np.zeros(1, int), np.full(1, 50)
+        content = listing.paths[0].read_bytes()
+        listing.paths[0].unlink()
+        for _ in ("in the call that fails", "and in the next"):
+            clip = videos.clips(index, start, CPU)
+            assert torch.equal(clip, videos.clips(np.ones(1, int), start, CPU))
+        bits = np.arange(1000)
+        assert videos.starts(np.zeros(1000, int), bits).max() <= 24 - 8 or sampling == "uniform"
+        assert len(videos.bad_videos) == 1
+        listing.paths[0].write_bytes(content)
 
 
 def test_foreground_follows_the_crops_of_its_clips() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +45,10 @@ def list_videos(
     parsed = parse_spec(spec)
     kind, root, options = parsed.kind, parsed.root, parsed.options
     if kind in RENDERED:
-        scenes, count = import_module(f"tats_env.data.{kind}"), num_videos or RENDERED_VIDEOS
-        names = list(scenes.CLASS_NAMES)
-        paths = scenes.render(seed, split, count, progress=progress)
+        from tats_env.data.rendered import load_set, render
+
+        count, names = num_videos or RENDERED_VIDEOS, list(load_set(kind).CLASS_NAMES)
+        paths = render(kind, seed, split, count, progress=progress)
         return Listing(paths, [i % len(names) for i in range(count)], names, flips=False)
     if kind == "folder":
         from tats_env.data import folder
@@ -149,7 +149,9 @@ def open_dataset(
         frames = FrameCache(Path(cache).expanduser(), int(cache_gb * 1e9))
     truth = None
     if spec in RENDERED:
-        scenes = import_module(f"tats_env.data.{spec}")
+        from tats_env.data.rendered import load_set
+
+        scenes = load_set(spec)
 
         def truth(path: Path, canvas: tuple[int, int]) -> np.ndarray:
             return scenes.foreground_masks(seed, split, int(path.stem), canvas)

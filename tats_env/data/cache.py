@@ -1,7 +1,9 @@
-"""Decoded videos on disk, at the size they are wanted in: for sets that are read many times.
+"""Decoded videos on disk, scaled to the size they are wanted in: for sets that are read many times.
 
-A video is one npy file of uint8 [L, H, W, 3], named by a hash of all that its bytes depend on. It is written under
-another name and renamed when whole, so that a kill leaves whole files only. Videos unused for longest make room.
+A video is one npy file of uint8 [L, rows, columns, 3], not cropped, named by a hash of all that its bytes depend on. It
+is written under another name and renamed when whole, so that a kill leaves whole files only. When the cache is full,
+videos make room that have not been used for ``IDLE`` seconds, those unused for longest first, and others stay: a set
+that is read epoch by epoch and does not fit would else throw out each video before its next turn.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tats_env.data.reader import NpyReader, UnreadableVideo, VideoInfo, read_frames, shard_of
+from tats_env.data.reader import NpyReader, UnreadableVideo, VideoInfo, cover, read_scaled, shard_of
 
 CHUNK = 64 << 20  # bytes decoded at a time while a whole video is stored
 LEFT_OVER = 3600  # seconds after which a file not renamed has been left by a writer that is no more
-LOCK_TIMEOUT = 60  # seconds to wait for another process that makes room
+LOCK_TIMEOUT = 5  # seconds to wait for another process that makes room; then a video is not stored
+IDLE = 6 * 3600  # seconds after which a video may make room for others
+PAUSE = 60  # seconds for which nothing is stored once the cache was found full, or its lock taken
 TOUCH = 60  # seconds for which a video counts as just used: it is not marked at every clip
 KEPT = 0.9  # share of the limit that making room leaves in use, so that the folder is not searched at every write
 
@@ -32,7 +36,7 @@ _log = logging.getLogger("tats_env.data")
 
 
 class FrameCache:
-    """Whole videos, decoded and resized, in ``folder``; at most ``limit_bytes`` of them (and what is being written).
+    """Whole videos, decoded and scaled, in ``folder``; at most ``limit_bytes`` of them (and what is being written).
 
     Safe for several processes at once, one of which may read a file while another removes it. May be pickled. With
     ``limit_bytes=0`` it is read-only: what is there is used, and nothing is written, removed or marked as used. A
@@ -43,6 +47,7 @@ class FrameCache:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._writes = limit_bytes > 0
         self._swept = False  # whether what killed writers left has been looked for
+        self._pause_until = 0.0
         self._passed_over: set[Path] = set()  # files that this process has found damaged or cannot write
 
     def frames(
@@ -56,25 +61,26 @@ class FrameCache:
         Raises:
             UnreadableVideo: if the file cannot be decoded, or yields fewer frames than asked for.
         """
-        shape = (info.num_frames, *size, 3)
-        read = partial(read_frames, path, size, info=info, position=position, decoder=decoder)
-        if not (path.suffix == ".npy" and shard_of(path)) and (file := self._file(path, size, position, decoder)):
+        rows, columns, top, left = cover(info.height, info.width, size, position)
+        shape = (info.num_frames, rows, columns, 3)
+        read = partial(read_scaled, path, (rows, columns), decoder=decoder)
+        found = None
+        if not (path.suffix == ".npy" and shard_of(path)) and (file := self._file(path, (rows, columns), decoder)):
             found = self._load(file, shape, indices)
-            fits = 2 * math.prod(shape) <= self.limit_bytes
-            if found is None and self._writes and fits and file not in self._passed_over:
+            room = 2 * math.prod(shape) <= self.limit_bytes and time.time() >= self._pause_until
+            if found is None and self._writes and room and file not in self._passed_over:
                 found = self._store(file, shape, indices, read)
-            if found is not None:
-                return found
-        return read(indices)
+        frames = read(indices) if found is None else found
+        return frames[:, top : top + size[0], left : left + size[1]]
 
-    def _file(self, path: Path, size: tuple[int, int], position: float, decoder: str) -> Path | None:
+    def _file(self, path: Path, size: tuple[int, int], decoder: str) -> Path | None:
         """Where the video is kept; None if it is not there to be asked for its size and date."""
         try:
             real = path.resolve()
             status = (shard_of(real) or real).stat()
         except OSError:
             return None
-        key = f"{real}\0{status.st_size}\0{status.st_mtime_ns}\0{size[0]}x{size[1]}\0{float(position)}\0{decoder}"
+        key = f"{real}\0{status.st_size}\0{status.st_mtime_ns}\0{size[0]}x{size[1]}\0{decoder}"
         name = hashlib.sha256(os.fsencode(key)).hexdigest()[:40]
         return self.folder / name[:2] / f"{name[2:]}.npy"  # 256 folders: none grows long
 
@@ -149,10 +155,15 @@ class FrameCache:
         How much there is stands in a file of its own, which is written first: a kill between the two leaves it too
         high, never too low, and a search of the folder, when the limit seems reached, puts it right.
         """
-        from filelock import FileLock
+        from filelock import FileLock, Timeout
 
         counter, new = self.folder / "bytes", temporary.stat().st_size
-        with FileLock(self.folder / ".lock", timeout=LOCK_TIMEOUT):
+        try:
+            lock = FileLock(self.folder / ".lock", timeout=LOCK_TIMEOUT).acquire()
+        except Timeout:
+            self._pause_until = time.time() + PAUSE
+            return
+        with lock:
             if file.exists():  # another process was faster
                 return
             try:
@@ -165,10 +176,12 @@ class FrameCache:
                 _replace_text(counter, str(total + new))
                 file.parent.mkdir(exist_ok=True)
                 temporary.rename(file)
+            else:
+                self._pause_until = time.time() + PAUSE
 
     def _make_room(self, target: int) -> int:
-        """Remove the videos unused for longest until ``target`` bytes are left or fewer; returns how many are."""
-        found = []
+        """Remove idle videos, unused for longest first, until ``target`` bytes are left; returns how many are left."""
+        found, idle = [], time.time_ns() - IDLE * 10**9
         for folder in os.scandir(self.folder):
             if len(folder.name) == 2:
                 for entry in os.scandir(folder.path):
@@ -176,8 +189,8 @@ class FrameCache:
                         status = entry.stat()
                         found.append((status.st_mtime_ns, status.st_size, entry.path))
         total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= target:
+        for used, size, path in sorted(found):
+            if total <= target or used > idle:
                 break
             with suppress(FileNotFoundError):
                 os.unlink(path)

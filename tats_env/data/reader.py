@@ -284,11 +284,19 @@ def read_frames(
         UnreadableVideo: if the file cannot be decoded, or yields fewer frames than asked for.
         DataError: for a decoder that is unknown or not installed.
     """
-    num_frames, height, width, _ = info or probe(path, decoder)
-    rows, columns, top, left = cover(height, width, size, position)
-    wanted = np.arange(num_frames) if indices is None else indices
-    with _decoding(path):
-        frames = _open(path, decoder, (rows, columns)).frames(wanted)
-        if frames.shape != (len(wanted), rows, columns, 3):
-            raise UnreadableVideo(path, f"{len(wanted)} frames asked for, {len(frames)} came")
+    info = info or probe(path, decoder)
+    rows, columns, top, left = cover(info.height, info.width, size, position)
+    frames = read_scaled(path, (rows, columns), np.arange(info.num_frames) if indices is None else indices, decoder)
     return frames[:, top : top + size[0], left : left + size[1]]
+
+
+def read_scaled(path: Path, size: tuple[int, int], indices: np.ndarray, decoder: str = "decord") -> np.ndarray:
+    """Decode frames [n] of a video, scaled to (rows, columns) whatever its aspect: uint8 [n, rows, columns, 3].
+
+    Errors as for ``read_frames``.
+    """
+    with _decoding(path):
+        frames = _open(path, decoder, size).frames(indices)
+        if frames.shape != (len(indices), *size, 3):
+            raise UnreadableVideo(path, f"{len(indices)} frames asked for, {len(frames)} came")
+    return frames

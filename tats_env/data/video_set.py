@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +32,7 @@ CENTRE = 0.5
 
 _LISTED = 10  # files named in one message
 _log = logging.getLogger("tats_env.data")
+_T = TypeVar("_T")
 
 
 def _listed(bad: Iterable[tuple[str, str]]) -> str:
@@ -51,7 +55,7 @@ class VideoSet:
     on threads, and ``prefetch`` does it ahead of time.
 
     A file that cannot be decoded is left out, logged and listed in ``bad_videos``. One that first fails when
-    streaming is listed then, and from the next call on the next good video plays in its place (with its label).
+    streaming is listed then, and the next good video plays in its place from then on (with its label).
 
     Attributes:
         name: what ``open_dataset`` was given.
@@ -107,8 +111,11 @@ class VideoSet:
         lengths = np.array([0 if isinstance(info, UnreadableVideo) else info.num_frames for info in found], np.int64)
         offsets = np.cumsum(lengths) - lengths
         shape = (int(lengths.sum()), *self.canvas, 3)
+        # Scaled to cover the canvas, a video of its shape has nothing left to choose from
+        fits = np.array([not isinstance(info, UnreadableVideo) and self._covers(info) for info in found], bool)
         self._frames: Tensor | None = None
-        if np.prod(shape, dtype=np.int64) <= MEMORY_LIMIT:
+        whole = augment == "none" or all(fits[lengths > 0])  # else most crops would be decoded anew
+        if whole and np.prod(shape, dtype=np.int64) <= MEMORY_LIMIT:
             self._frames = torch.empty(shape, dtype=torch.uint8)
             rows = self._frames.numpy()
 
@@ -138,21 +145,15 @@ class VideoSet:
                 "%s (%s): left out %d of %d files that cannot be decoded:%s",
                 name, split, len(self.bad_videos), len(paths), _listed(self.bad_videos),
             )  # fmt: skip
-        if self.missing:
-            _log.warning(
-                "%s (%s): %d of %d videos are not there; tats data check lists them",
-                name, split, len(self.missing), len(self.missing) + len(paths),
-            )  # fmt: skip
         self.paths = [paths[v] for v in good]
         self.labels = np.array([listing.labels[v] for v in good], np.int64)
         self.lengths, self._offsets, self._num_rows = lengths[good], offsets[good], shape[0]
         infos = [info for info in found if not isinstance(info, UnreadableVideo)]
-        # Scaled to cover the canvas, these have nothing left to choose from
-        tall, wide = (np.array([info[1 + i] for info in infos], np.int64) for i in range(2))
-        self._fits = np.abs(tall * self.canvas[1] - wide * self.canvas[0]) * 2 <= np.maximum(tall, wide)
+        self._fits = fits[good]
         self._plays = np.arange(len(good))  # which video plays for each: itself, unless it failed when streaming
-        reader = ClipReader(self.paths, infos, self.canvas, decoder, cache)
-        self._stream = ClipStream(reader, (num_frames, *self.canvas), workers)
+        reader = ClipReader(self.canvas, decoder, cache)
+        self._stream = ClipStream(self.paths, infos, reader, (num_frames, *self.canvas), workers)
+        self._stage = _Stage()
         self._resident: dict[torch.device, Tensor] = {}  # the frames to gather from for each device
         self._masks: dict[torch.device, tuple[Tensor, np.ndarray]] = {}  # all masks, and which are known [V]
 
@@ -162,6 +163,9 @@ class VideoSet:
     def __deepcopy__(self, memo: object) -> VideoSet:
         """The set itself: a copy of an environment's specification shares the frames."""
         return self
+
+    def _covers(self, info: VideoInfo) -> bool:
+        return 2 * abs(info.height * self.canvas[1] - info.width * self.canvas[0]) <= max(info.height, info.width)
 
     def starts(self, video_index: np.ndarray, bits: np.ndarray, num_clips: int = 1, nth: int = 0) -> np.ndarray:
         """Where random clips of the given videos [B] start: int64 [B].
@@ -173,22 +177,34 @@ class VideoSet:
         """
         if self.sampling == "uniform":
             return (bits + nth) % (1 << 31)
-        room = np.maximum(self.lengths[video_index] - num_clips * self.clip_span, 0) + 1
+        room = np.maximum(self.lengths[self._plays[video_index]] - num_clips * self.clip_span, 0) + 1
         return bits % room + nth * self.clip_span
 
+    def positions(self, bits: np.ndarray) -> np.ndarray:
+        """Where along their longer side videos are cropped before a random crop is made of the rest: [B] in 0 to 1.
+
+        Clips that share video, start and position share what is decoded, whatever their keys.
+        """
+        return np.full(len(bits), CENTRE) if self.augment == "none" else bits % POSITIONS / (POSITIONS - 1)
+
     def clips(
-        self, video_index: np.ndarray, start_frame: np.ndarray, device: torch.device, key: Tensor | None = None
+        self,
+        video_index: np.ndarray,
+        start_frame: np.ndarray,
+        device: torch.device,
+        key: Tensor | None = None,
+        position: np.ndarray | None = None,
     ) -> Tensor:
         """Clips of the given videos [B] from the given frames [B]: uint8 [B, T, H, W, 3] on ``device``.
 
         Args:
             key: int64 [B], on the CPU; crops and mirrors each clip as the set was opened to. None takes the centre.
+            position: of ``positions`` [B]; None is the centre.
 
         Raises:
-            DataError: if streaming has left no video that can be decoded.
+            DataError: if streaming has left too few videos that can be decoded.
         """
-        video, frames, position = self._chosen(video_index, start_frame, key)
-        return self._cropped(self._fetch(video, frames, position, device), key)
+        return self._cropped(self._fetch(self._choice(video_index, start_frame, position), device), key)
 
     def test_clips(
         self, video_index: np.ndarray, nth: int, num_clips: int, device: torch.device, crop: int | None = None
@@ -198,8 +214,7 @@ class VideoSet:
         Args:
             crop: 0, 1 or 2: the beginning, the middle or the end of the longer side; None is the middle.
         """
-        video, frames, position = self._spread(video_index, nth, num_clips, crop)
-        return self._cropped(self._fetch(video, frames, position, device), None)
+        return self._cropped(self._fetch(self._test_choice(video_index, nth, num_clips, crop), device), None)
 
     def foreground(
         self, video_index: np.ndarray, start_frame: np.ndarray, device: torch.device, key: Tensor | None = None
@@ -223,51 +238,56 @@ class VideoSet:
                 rows = slice(self._offsets[v], self._offsets[v] + self.lengths[v])
                 masks[rows] = torch.from_numpy(self._truth(self.paths[v], self.canvas)).to(home)
                 known[v] = True
-        video, frames, _ = self._chosen(video_index, start_frame, key)
-        return self._cropped(self._gather(masks, video, frames, device), key)
+        choice = self._choice(video_index, start_frame, None)
+        every = np.arange(len(choice.video_index))
+        return self._cropped(self._gather(masks, *self._frames_of(choice, every), device), key)
 
-    def prefetch(self, video_index: np.ndarray, start_frame: np.ndarray, key: Tensor | None = None) -> None:
-        """Say that these clips come next (arguments as of ``clips``): streaming decodes them meanwhile."""
-        if self._frames is None:
-            self._stream.prefetch(_requests(*self._chosen(video_index, start_frame, key)))
+    def prefetch(
+        self,
+        video_index: np.ndarray,
+        start_frame: np.ndarray,
+        device: torch.device,
+        position: np.ndarray | None = None,
+    ) -> None:
+        """Say which clips come next (arguments as of ``clips``): streaming decodes and moves them meanwhile."""
+        self._prepare(self._choice(video_index, start_frame, position), device)
 
-    def prefetch_test(self, video_index: np.ndarray, nth: int, num_clips: int, crop: int | None = None) -> None:
-        """Say that these test clips come next (arguments as of ``test_clips``)."""
-        if self._frames is None:
-            self._stream.prefetch(_requests(*self._spread(video_index, nth, num_clips, crop)))
+    def prefetch_test(
+        self, video_index: np.ndarray, nth: int, num_clips: int, device: torch.device, crop: int | None = None
+    ) -> None:
+        """Say which test clips come next (arguments as of ``test_clips``)."""
+        self._prepare(self._test_choice(video_index, nth, num_clips, crop), device)
 
-    def _chosen(
-        self, video_index: np.ndarray, start_frame: np.ndarray, key: Tensor | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which videos [B] play, which of their frames [B, T], and where they are cropped [B] in decoding.
-
-        Frames and position depend on the start alone, so that clips that share it share what is decoded.
-        """
-        video, start = self._plays[video_index], np.asarray(start_frame)
-        draw = torch.from_numpy(np.asarray(start_frame, np.int64))
+    def _choice(self, video_index: np.ndarray, start_frame: np.ndarray, position: np.ndarray | None) -> _Choice:
+        start = np.asarray(start_frame, np.int64)
         if self.sampling == "uniform":
+            draw = torch.from_numpy(start)
             offsets = keyed_uniform(draw[:, None], torch.arange(self._num_frames)).numpy()
-            frames = uniform_frames(self.lengths[video], self._num_frames, offsets)
-        else:
-            frames = dense_frames(self.lengths[video], start, self._num_frames, self._stride)
-        position = np.full(len(video), CENTRE)
-        if key is not None and self.augment != "none":
-            drawn = keyed_uniform(draw, torch.from_numpy(np.asarray(video, np.int64))).numpy()
-            position = np.floor(POSITIONS * drawn) / (POSITIONS - 1)
-        return video, frames, position
+            return _Choice(np.asarray(video_index), None, offsets, position)
+        return _Choice(np.asarray(video_index), start, None, position)
 
-    def _spread(
-        self, video_index: np.ndarray, nth: int, num_clips: int, crop: int | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As ``_chosen``, of test clips."""
-        video = self._plays[video_index]
-        lengths = self.lengths[video]
+    def _test_choice(self, video_index: np.ndarray, nth: int, num_clips: int, crop: int | None) -> _Choice:
+        position = None if crop is None else np.full(len(video_index), crop / 2)
         if self.sampling == "uniform":
-            frames = uniform_frames(lengths, self._num_frames, (nth + 0.5) / num_clips)
-        else:
-            starts = test_starts(lengths, self.clip_span, nth, num_clips)
-            frames = dense_frames(lengths, starts, self._num_frames, self._stride)
-        return video, frames, np.full(len(video), CENTRE if crop is None else crop / 2)
+            offsets = np.full((len(video_index), self._num_frames), (nth + 0.5) / num_clips)
+            return _Choice(np.asarray(video_index), None, offsets, position)
+        starts = test_starts(self.lengths[self._plays[video_index]], self.clip_span, nth, num_clips)
+        return _Choice(np.asarray(video_index), starts, None, position)
+
+    def _frames_of(self, choice: _Choice, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which videos [b] play in rows [b] of the choice, and which of their frames [b, T]."""
+        video = self._plays[choice.video_index[rows]]
+        lengths = self.lengths[video]
+        if choice.offsets is not None:
+            return video, uniform_frames(lengths, self._num_frames, choice.offsets[rows])
+        assert choice.start is not None
+        return video, dense_frames(lengths, choice.start[rows], self._num_frames, self._stride)
+
+    def _requests(self, choice: _Choice, rows: np.ndarray) -> list[ClipRequest]:
+        video, frames = self._frames_of(choice, rows)
+        position = choice.positions[rows]
+        asked = zip(video.tolist(), map(tuple, frames.tolist()), position.tolist(), strict=True)
+        return [ClipRequest(*request) for request in asked]
 
     def _cropped(self, decoded: Tensor, key: Tensor | None) -> Tensor:
         """What is decoded [B, T, h, w, ...] cropped to H x W: by the key, or at the centre."""
@@ -282,11 +302,52 @@ class VideoSet:
         mirrored = flips(key) if self.flip else torch.zeros(len(decoded), dtype=torch.bool, device=decoded.device)
         return crop_and_flip(decoded, boxes, mirrored, self.size)
 
-    def _fetch(self, video: np.ndarray, frames: np.ndarray, position: np.ndarray, device: torch.device) -> Tensor:
-        """Frames [B, T] of videos [B], cropped at the positions [B]: uint8 [B, T, h, w, 3] on ``device``."""
-        if self._frames is not None and ((position == CENTRE) | self._fits[video]).all():
-            return self._gather(self._frames_for(self._frames, device), video, frames, device)
-        return self._streamed(video, frames, position, device)
+    def _streams(self, choice: _Choice) -> bool:
+        """Whether these are to be decoded: with all frames in memory, those are that are not cropped at the centre."""
+        if self._frames is None:
+            return True
+        return not ((choice.positions == CENTRE) | self._fits[self._plays[choice.video_index]]).all()
+
+    def _prepare(self, choice: _Choice, device: torch.device) -> None:
+        if self._streams(choice):
+            self._stage.begin(choice, partial(self._decode, choice, device))
+
+    def _fetch(self, choice: _Choice, device: torch.device) -> Tensor:
+        """The clips, cropped at their positions: uint8 [B, T, h, w, 3] on ``device``."""
+        every = np.arange(len(choice.video_index))
+        if not self._streams(choice):
+            assert self._frames is not None
+            return self._gather(self._frames_for(self._frames, device), *self._frames_of(choice, every), device)
+        clips, video, failed, ready = self._stage.take(choice, partial(self._decode, choice, device))
+        if ready is not None:  # moved on a stream of its own
+            torch.cuda.current_stream(device).wait_event(ready)
+            clips.record_stream(torch.cuda.current_stream(device))
+        rows = every
+        while failed:
+            # Only now, so that what plays for whom does not depend on when a clip of a batch was decoded
+            for v, error in sorted(failed.items()):
+                self._replace(v, error)
+            rows = rows[np.isin(video, list(failed))]
+            again = np.empty((len(rows), *clips.shape[1:]), np.uint8)
+            video = self._plays[choice.video_index[rows]]
+            failed = self._stage.alone(partial(self._stream.take, self._requests(choice, rows), again))
+            clips[torch.from_numpy(rows).to(device)] = torch.from_numpy(again).to(device)
+        return clips
+
+    def _decode(self, choice: _Choice, device: torch.device) -> _Decoded:
+        """Decode and start to move the clips, leaving out those that cannot be decoded."""
+        every = np.arange(len(choice.video_index))
+        shape = (len(every), self._num_frames, *self.canvas, 3)
+        clips = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        video = self._plays[choice.video_index]
+        failed = self._stream.take(self._requests(choice, every), clips.numpy())
+        if device.type != "cuda":
+            return clips.to(device), video, failed, None
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            moved = clips.to(device, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        return moved, video, failed, ready
 
     def _gather(self, rows: Tensor, video: np.ndarray, frames: np.ndarray, device: torch.device) -> Tensor:
         """Take clips [B, T, ...] out of a tensor with a row for every frame of the set."""
@@ -301,32 +362,17 @@ class VideoSet:
             self._resident[device] = frames.to(device) if fits else frames
         return self._resident[device]
 
-    def _streamed(self, video: np.ndarray, frames: np.ndarray, position: np.ndarray, device: torch.device) -> Tensor:
-        shape = (len(video), self._num_frames, *self.canvas, 3)
-        clips = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        failed = self._stream.take(_requests(video, frames, position), clips.numpy())
-        while failed:
-            # Only now, so that what plays for whom does not depend on which clip of a batch was decoded first
-            for v, error in sorted(failed.items()):
-                self._replace(v, error)
-            lost = np.flatnonzero(np.isin(video, list(failed)))
-            played = self._plays[video[lost]]
-            wanted = frames[lost] % self.lengths[played][:, None]
-            again = np.empty((len(lost), *shape[1:]), np.uint8)
-            failed = self._stream.take(_requests(played, wanted, position[lost]), again)
-            clips.numpy()[lost] = again
-            video = video.copy()
-            video[lost] = played
-        return clips.to(device, non_blocking=True)
-
     def _replace(self, v: int, error: UnreadableVideo) -> None:
         """Let the next video that is still good, one with a label for one with a label, play where video ``v`` did."""
         if self._plays[v] != v:
             return
         good = np.flatnonzero((self._plays == np.arange(len(self))) & (np.arange(len(self)) != v))
         self.bad_videos.append((str(error.path), error.reason))
-        if not len(good):
-            raise DataError(f"{self.name} ({self.split}): no file can be decoded any more; the last was {error}")
+        if 2 * len(good) < len(self):
+            lost = len(self) - len(good)
+            raise DataError(
+                f"{self.name} ({self.split}): {lost} of {len(self)} files can't be decoded any more; the last: {error}"
+            )
         alike = good[(self.labels[good] >= 0) == (self.labels[v] >= 0)]
         good = alike if len(alike) else good
         following = good[np.searchsorted(good, v) % len(good)]
@@ -335,9 +381,65 @@ class VideoSet:
         self._plays[self._plays == v] = following
 
 
-def _requests(video: np.ndarray, frames: np.ndarray, position: np.ndarray) -> list[ClipRequest]:
-    asked = zip(video.tolist(), map(tuple, frames.tolist()), position.tolist(), strict=True)
-    return [ClipRequest(*request) for request in asked]
+class _Choice(NamedTuple):
+    """Which clips are meant, whatever plays in a video's place."""
+
+    video_index: np.ndarray
+    start: np.ndarray | None
+    """[B] first frame, of dense sampling."""
+    offsets: np.ndarray | None
+    """[B, T] place within each part of the video, of uniform sampling."""
+    position: np.ndarray | None
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Where each is cropped along its longer side [B]."""
+        return np.full(len(self.video_index), CENTRE) if self.position is None else self.position
+
+    def equals(self, other: _Choice) -> bool:
+        """Whether the same clips are meant."""
+        return all(
+            a is b or (a is not None and b is not None and np.array_equal(a, b))
+            for a, b in zip(self, other, strict=True)
+        )
+
+
+_Decoded = tuple[Tensor, np.ndarray, dict[int, UnreadableVideo], "torch.cuda.Event | None"]
+"""Clips, the video in each, why not by video, and when they are on the device."""
+
+
+class _Stage:
+    """A thread in which all streaming is done, so that the next clips are decoded and moved while others are used."""
+
+    def __init__(self) -> None:
+        self._process = 0
+        self._next: tuple[_Choice, Future[_Decoded]] | None = None
+
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._process != os.getpid():  # threads do not live on in a forked process
+            self._pool, self._process, self._next = ThreadPoolExecutor(1, "tats-stage"), os.getpid(), None
+        return self._pool
+
+    def begin(self, choice: _Choice, decode: Callable[[], _Decoded]) -> None:
+        """Start on clips that will be asked for next, in place of any that nobody took."""
+        thread = self._thread()
+        if self._next is not None:
+            self._next[1].cancel()
+        self._next = choice, thread.submit(decode)
+
+    def take(self, choice: _Choice, decode: Callable[[], _Decoded]) -> _Decoded:
+        """The clips, on their way already or decoded now."""
+        thread = self._thread()
+        begun, self._next = self._next, None
+        if begun is not None and begun[0].equals(choice):
+            return begun[1].result()
+        if begun is not None:
+            begun[1].cancel()
+        return thread.submit(decode).result()
+
+    def alone(self, work: Callable[[], _T]) -> _T:
+        """Do something with the stream while nothing else does."""
+        return self._thread().submit(work).result()
 
 
 def write_bad_videos(folder: Path, *sets: VideoSet) -> None:
