@@ -184,7 +184,7 @@ class Comparison:
     def _line(self, cell: Cell) -> str:
         summary = self.summary(self.runs[cell])
         figures = summary[self.runs[cell].agent.class_]
-        said = [f"{heading(key)} {in_digits(figures, key)}" for key in shown([figures])]
+        said = [f"{heading(key)} {in_digits(figures, key)}" for key in shown([figures]) if "@" not in key]
         return f"{', '.join(said)} ({summary['wall_seconds']:.0f} s)"
 
     def write(self) -> list[Statistic]:
@@ -263,29 +263,54 @@ def summarise(results: dict[Cell, dict[str, float | None]], baseline: str = "ran
 
 def _cells(statistics: Sequence[Statistic]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of the table: a row for each agent, data set and mask ratio, a column for each metric."""
-    metrics = shown({s.metric: s.mean} for s in statistics)
+    metrics = [metric for metric in shown({s.metric: s.mean} for s in statistics) if "@" not in metric]
     found = {(s.agent, s.data, s.mask_ratio, s.metric): s for s in statistics}
     several = len({s.data for s in statistics}) > 1
     rows = []
     for agent, data, ratio in dict.fromkeys((s.agent, s.data, s.mask_ratio) for s in statistics):
         row = [agent, *[data] * several, f"{ratio:g}"]
-        for metric in metrics:
-            s = found.get((agent, data, ratio, metric))
-            row.append("-" if s is None else f"{s.mean:.3f} ± {s.std:.3f}" if s.seeds > 1 else f"{s.mean:.3f}")
-        s = found.get((agent, data, ratio, "random_mask_error"))
-        known = s is not None and not np.isnan(s.gain_low)
-        row.append(f"{s.gain:+.3f} [{s.gain_low:+.3f}, {s.gain_high:+.3f}]" if s is not None and known else "-")
+        row += [_mean(found.get((agent, data, ratio, metric))) for metric in metrics]
+        row.append(_gain(found.get((agent, data, ratio, "random_mask_error"))))
         row.append(str(max(s.seeds for key, s in found.items() if key[:3] == (agent, data, ratio))))
         rows.append(row)
     first = ["agent", *["pre-trained on"] * several, "mask ratio"]
     return [*first, *map(heading, metrics), "error over random's [95 %]", "seeds"], rows
 
 
+def _downstream_cells(statistics: Sequence[Statistic]) -> tuple[list[str], list[list[str]]]:
+    """The same of accuracies on the data sets that ``evaluate.data`` names: a row more for each of them."""
+    metrics = [metric for metric in shown({s.metric: s.mean} for s in statistics) if "@" in metric]
+    tasks = list(dict.fromkeys(metric.partition("@")[0] for metric in metrics))
+    found = {(s.data, s.metric.partition("@")[2], s.mask_ratio, s.agent, s.metric): s for s in statistics}
+    rows = []
+    for data, evaluated, ratio, agent in dict.fromkeys(key[:4] for key in found if key[1]):
+        cells = [found.get((data, evaluated, ratio, agent, f"{task}@{evaluated}")) for task in tasks]
+        figures = [text for s in cells for text in (_mean(s), _gain(s))]
+        rows.append([data, evaluated, f"{ratio:g}", agent, *figures])
+    headings = [text for task in tasks for text in (heading(task), "over random's [95 %]")]
+    return ["pre-trained on", "evaluated on", "mask ratio", "agent", *headings], sorted(rows, key=lambda row: row[:3])
+
+
+def _mean(s: Statistic | None) -> str:
+    return "-" if s is None else f"{s.mean:.3f} ± {s.std:.3f}" if s.seeds > 1 else f"{s.mean:.3f}"
+
+
+def _gain(s: Statistic | None) -> str:
+    return "-" if s is None or np.isnan(s.gain_low) else f"{s.gain:+.3f} [{s.gain_low:+.3f}, {s.gain_high:+.3f}]"
+
+
+def tables(statistics: Sequence[Statistic]) -> list[tuple[list[str], list[list[str]]]]:
+    """Headings and rows of what there is to show: the samplers, and what their encoders are worth downstream."""
+    return [table for table in (_cells(statistics), _downstream_cells(statistics)) if table[1]]
+
+
 def markdown(statistics: Sequence[Statistic]) -> str:
-    """The table in Markdown."""
-    headings, rows = _cells(statistics)
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """The tables in Markdown."""
+    texts = []
+    for headings, rows in tables(statistics):
+        lines = [headings, ["---"] * len(headings), *rows]
+        texts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(texts)
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -346,14 +371,17 @@ def compare(config: CompareConfig, minutes: float | None = None) -> int:
         code = 130
     results = this.results()
     if results:
-        headings, rows = _cells(this.write())
         caption = CAPTION
         if len({figures.get("mae_updates") for figures in results.values()}) > 1:
             caption += "The MAEs did not all make the same number of updates: see mae_updates in cells.csv."
-        table = Table(*headings, title=config.name, caption=caption, caption_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        for headings, rows in tables(this.write()):
+            table = Table(*headings, title=config.name, caption=caption, caption_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+            caption = (
+                "Top-1, mean ± standard deviation over seeds, and the mean difference to random with its interval."
+            )
         console.print(f"Written to {this.folder}: table.md, table.csv, cells.csv, curves.csv and plots", soft_wrap=True)
     left = len(this.runs) - len(results) - len(failed)
     if failed:

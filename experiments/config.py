@@ -19,6 +19,14 @@ from experiments.yaml_files import dump_yaml, read_yaml, set_value
 _Schema = TypeVar("_Schema", bound=BaseModel)
 
 
+ABOUT = {
+    "run": f"{RunConfig.__doc__} With --dry-run, say what it would take, and make two steps of it in miniature.",
+    "probe": "Probe a run's frozen encoder: linear, attentive and k-NN. What counts is probe, evaluate, data and clip.",
+    "finetune": "Fine-tune a run's encoder into a classifier. What counts is finetune, evaluate, data and clip.",
+}
+"""What --help says of the verbs that take a run's configuration."""
+
+
 def parse_config(values: Any, source: str) -> RunConfig:
     """A run's configuration from nested dictionaries; what is left out takes its default.
 
@@ -90,7 +98,8 @@ def override_config(config: RunConfig, overrides: Sequence[str], prog: str | Non
                 args[-1] = re.sub(r"([^.-][^.]*)$", r"no-\1", option)
         else:
             args.append(arg)
-    parsed: Any = tyro.cli(_plain(config), args=args, prog=prog, description=RunConfig.__doc__)
+    verb = (prog or "tats run").split()[1]
+    parsed: Any = tyro.cli(_plain(config), args=args, prog=prog, description=ABOUT[verb])
     values = dataclasses.asdict(parsed)
     values["agent"] = values["agent"] | to_values(agent) if agent.class_ != "ppo" else values["agent"]
     values["agent"]["class"] = values["agent"].pop("class_", agent.class_)

@@ -69,16 +69,20 @@ def data(args: Sequence[str]) -> int:
         DataError: if neither split can be used.
         SystemExit: by tyro, after ``--help`` or an option that is unknown or can't be read.
     """
-    if not args or args[0] not in ("check", "pack", "-h", "--help"):
+    usage = (
+        "tats data check SPEC [--decode] [--json FILE]\n"
+        "tats data pack SPEC FOLDER [--size 256] [--per-shard 100]\n"
+        "(tats data check --help says more)"
+    )
+    if args and args[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    if not args or args[0] not in ("check", "pack"):
         given = f"{args[0]}: unknown" if args else "what about it?"
-        raise ConfigError(
-            f"tats data: {given}; there are: tats data check SPEC [--decode] [--json FILE]\n"
-            "and: tats data pack SPEC FOLDER [--size 256] [--per-shard 100]"
-        )
+        raise ConfigError(f"tats data: {given}; there are\n{usage}")
     if args[0] == "pack":
         return pack(tyro.cli(Pack, args=args[1:], prog="tats data pack"))
-    rest = args[1:] if args[0] == "check" else args
-    return check(tyro.cli(Check, args=rest, prog="tats data check"))
+    return check(tyro.cli(Check, args=args[1:], prog="tats data check"))
 
 
 def pack(options: Pack) -> int:

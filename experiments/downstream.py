@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.finetune import finetune
-from experiments.probes import PROBES, run_probes
+from experiments.probes import PROBES, has_classes, run_probes
 from experiments.refusals import ConfigError
 from experiments.schema import RunConfig
 from experiments.videos import Videos
@@ -50,24 +51,25 @@ def downstream(
         where = folder / FOLDER / slug(data)
         where.mkdir(parents=True, exist_ok=True)
         found[data] = {}
+        settings = config.finetune
         probes = [task for task in tasks if task in PROBES]
-        if probes:
-            sets = videos(data, "train"), videos(data, "validation")
-            scores = run_probes(mae, *sets, probes, config.probe, config.seed, where, console.is_terminal)
-            for task, score in scores.items():
-                score.write(where, task)
-                found[data][task] = score.row()
-        if "finetune" in tasks:
-            settings = config.finetune
-            train = videos(data, "train", settings.sampling, settings.augment, settings.flip)
-            test = videos(data, "validation", settings.sampling)
-            try:
-                result = finetune(
-                    mae, train, test, settings, where / "finetune", agent=agent, seed=config.seed, console=console
-                )
-            except ValueError as error:
-                raise ConfigError(f"finetune: {error}") from error
-            found[data]["finetune"] = {name: result[name] for name in FIGURES}
+        try:
+            if probes:
+                sets = videos(data, "train"), videos(data, "validation")
+                scores = run_probes(mae, *sets, probes, config.probe, config.seed, where, console.is_terminal)
+                for task, score in scores.items():
+                    score.write(where, task)
+                    found[data][task] = score.row()
+            if "finetune" in tasks:
+                train = videos(data, "train", settings.sampling, settings.augment, settings.flip)
+                test = videos(data, "validation", settings.sampling)
+                if has_classes(train, test):
+                    result = finetune(
+                        mae, train, test, settings, where / "finetune", agent=agent, seed=config.seed, console=console
+                    )
+                    found[data]["finetune"] = {name: result[name] for name in FIGURES}
+        except ValueError as error:
+            raise ConfigError(f"{data}: {error}") from error
     return found
 
 
@@ -90,6 +92,9 @@ def downstream_table(found: dict[str, dict[str, dict[str, float]]], title: str) 
 
 
 def slug(data: str) -> str:
-    """A folder's name for a data set's: its kind and where it ends."""
-    kind, _, rest = data.partition(":")
-    return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, [kind, *Path(rest).parts[-1:]])))
+    """A folder's name for a data set's: its kind, where it ends, and a few digits that tell it from others."""
+    kind, colon, rest = data.partition(":")
+    if not colon:
+        return kind
+    end = re.sub(r"[^\w.-]+", "-", Path(rest).name)
+    return f"{kind}-{end}-{hashlib.sha256(data.encode(errors='surrogateescape')).hexdigest()[:6]}"

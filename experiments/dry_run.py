@@ -18,6 +18,7 @@ from experiments.section import RENDERED_SETS
 from tats_env.data.miniature import MINIATURES
 
 CLASSES, PER_CLASS = 3, 4
+SIZE, PATCH_SIZE = 32, 8
 
 
 def dry_run(config: RunConfig) -> int:
@@ -44,9 +45,10 @@ def _table(config: RunConfig) -> Table:
         ("sampler", f"{found.sampler_parameters / 1e6:.2f} M parameters" if found.sampler_parameters else "-"),
         ("tokens of a clip, visible", f"{found.num_tokens}, {found.num_visible}"),
         ("a training step", f"{config.batch_size} clips, {found.flops_per_clip / 1e9:.0f} GFLOP each"),
-        ("training", f"{config.steps:,} steps, {clips / 1e6:.1f} M clips"),
-        ("memory on the device, about", f"{found.memory_bytes / 2**30:.1f} GiB"),
-        ("time on one H100, about", f"{found.seconds / 3600:.1f} h, if decoding keeps up"),
+        ("pre-training", f"{config.steps:,} steps, {clips / 1e6:.1f} M clips"),
+        ("its memory on the device, about", f"{found.memory_bytes / 2**30:.1f} GiB"),
+        ("its time on one H100, about", f"{found.seconds / 3600:.1f} h, if decoding keeps up"),
+        ("fine-tuning there, about", f"{found.finetune_clips_a_second:.0f} clips/s"),
     ):
         table.add_row(name, value)
     return table
@@ -59,12 +61,16 @@ def miniature(config: RunConfig, folder: Path) -> RunConfig:
     data = config.data if kind in RENDERED_SETS else MINIATURES[kind](folder / "data", PER_CLASS, CLASSES)
     logging.getLogger("tats_env.data").setLevel(logging.ERROR)  # of twelve videos nobody misses any
     values = to_values(config)
+    tokens = config.clip.num_frames // config.clip.tubelet_size * (SIZE // PATCH_SIZE) ** 2
+    # As many rounds as there may be of few tokens, and as many tokens in each
+    rounds = min(config.rounds, 2)
+    visible = max(1, int(tokens * (1 - config.mask_ratio) / rounds)) * rounds
     repeats, epochs = config.loader.repeats, config.finetune.repeats
     rollout = 1 if isinstance(config.agent, OtherAgentConfig) else config.agent.n_steps * config.agent.n_minibatches
     changes: dict[str, Any] = {
         "data": data, "num_videos": count, "batch_size": 2 * repeats * rollout, "steps": 2 * rollout,
-        "out": str(folder), "log_interval": 1, "device": "cpu",
-        "clip": {"size": 32, "patch_size": 8},
+        "out": str(folder), "log_interval": 1, "device": "cpu", "rounds": rounds, "mask_ratio": 1 - visible / tokens,
+        "clip": {"size": SIZE, "patch_size": PATCH_SIZE},
         "loader": {"workers": 0, "cache": None},
         "mae": {"size": "tiny", "init": None, "base_learning_rate": None, "learning_rate": None, "warmup_steps": 1,
                 "compile": False},
@@ -73,7 +79,7 @@ def miniature(config: RunConfig, folder: Path) -> RunConfig:
         "evaluate": {"num_videos": count, "clips": 8, "baseline": False, "data": []},
     }  # fmt: skip
     if not isinstance(config.agent, OtherAgentConfig):
-        changes["agent"] = {"width": 16, "num_heads": 2}
+        changes["agent"] = {"width": 16, "num_heads": 2, "entropy_floor": None}
     for key, value in changes.items():
         values[key] = values[key] | value if isinstance(value, dict) else value
     return parse_config(values, "dry run")

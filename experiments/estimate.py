@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from agents.policies import TrajectoryPolicy
+from experiments.classifier import tokens_kept
+from experiments.run import new_learner, token_grid
 from experiments.schema import AgentConfig, RunConfig
-from tats_env.grid import TokenGrid, token_budget
+from tats_env.grid import token_budget
 from tats_env.mae import SIZES, VideoMAE
 
 BYTES_PER_PARAMETER = 16
@@ -37,22 +39,30 @@ class Estimate(NamedTuple):
     memory_bytes: float
     """On the device, in training."""
     seconds: float
-    """Of the whole training on one H100, data not counted."""
+    """Of the whole pre-training on one H100, data not counted."""
+    finetune_clips_a_second: float
+    """Of fine-tuning on one H100, likewise."""
 
 
 def estimate(config: RunConfig) -> Estimate:
-    """Work out a run's size; the networks are built on the meta device, which allocates nothing."""
-    clip = config.clip
-    grid = TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
+    """Work out a run's size; the networks are built on the meta device, which allocates nothing.
+
+    Raises:
+        ConfigError: if ``mae.init`` cannot be loaded, which is asked for its sizes.
+    """
+    grid = token_grid(config)
     n, k = grid.num_tokens, token_budget(grid.num_tokens, config.mask_ratio)
-    size = SIZES[config.mae.size]
+    size = SIZES[config.mae.size] if config.mae.init is None else new_learner(config).model.size
     with torch.device("meta"):
         mae = VideoMAE(grid, size)
     encoder = _count(mae.patch_embed, mae.blocks, mae.norm)
-    encoder_flops = _blocks(k, size.embed_dim, size.depth) + 2 * k * grid.patch_dim * size.embed_dim
+
+    def encode(tokens: int) -> float:
+        return _blocks(tokens, size.embed_dim, size.depth) + 2 * tokens * grid.patch_dim * size.embed_dim
+
     decoder_flops = _blocks(n, size.decoder_embed_dim, size.decoder_depth)
     decoder_flops += 2 * (n - k) * size.decoder_embed_dim * grid.patch_dim
-    flops = 3 * (encoder_flops + decoder_flops)  # the backward pass is two forward ones
+    flops = 3 * (encode(k) + decoder_flops)  # the backward pass is two forward ones
     activations = k * size.embed_dim * size.depth + n * size.decoder_embed_dim * size.decoder_depth
     bytes_per_clip = BYTES_PER_ACTIVATION * activations
     sampler = 0
@@ -68,7 +78,8 @@ def estimate(config: RunConfig) -> Estimate:
     parameters = sum(p.numel() for p in mae.parameters()) + sampler
     memory = BYTES_PER_PARAMETER * parameters + bytes_per_clip * config.batch_size
     seconds = config.steps * config.batch_size * flops / ATTAINED
-    return Estimate(n, k, encoder, _count(mae) - encoder, sampler, flops, memory, seconds)
+    finetune = ATTAINED / (3 * encode(tokens_kept(n, config.finetune.keep_ratio)))
+    return Estimate(n, k, encoder, _count(mae) - encoder, sampler, flops, memory, seconds, finetune)
 
 
 def _count(*modules: nn.Module) -> int:

@@ -157,6 +157,11 @@ def attentive(
 PROBES: dict[str, Probe] = {"linear": linear, "attentive": attentive, "knn": knn}
 
 
+def has_classes(train: VideoSet, test: VideoSet) -> bool:
+    """Whether there are two classes to tell apart, and labelled videos to test it on."""
+    return len(np.unique(train.labels[labelled(train)])) > 1 and len(labelled(test)) > 0
+
+
 def run_probes(
     mae: MAELearner,
     train: VideoSet,
@@ -180,7 +185,7 @@ def run_probes(
     Raises:
         ValueError: if the two sets don't have the same classes.
     """
-    if len(np.unique(train.labels[labelled(train)])) < 2 or not len(labelled(test)):
+    if not has_classes(train, test):
         return {}
     if train.class_names != test.class_names:
         raise ValueError(

@@ -29,7 +29,7 @@ from experiments.progress import RunProgress
 from experiments.refusals import ConfigError, close, did_you_mean
 from experiments.schema import AgentConfig, OtherAgentConfig, RunConfig
 from experiments.videos import Videos
-from tats_env.data import VideoSet, write_bad_videos
+from tats_env.data import VideoSet, list_videos, write_bad_videos
 from tats_env.grid import TokenGrid
 from tats_env.mae import MAELearner, load_learner, save_learner
 from tats_env.mae.learner import resolve_device
@@ -61,7 +61,6 @@ class Run:
         self.config, self.console = config, console
         self.start = time.perf_counter()
         self.results: Results = {}
-        self.downstream: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
         # What can be refused is refused before there is a folder.
         for key, resolve in (("reward", resolve_reward), ("device", resolve_device)):
             try:
@@ -75,6 +74,9 @@ class Run:
         self.videos = Videos(config)
         self.train_set = self.videos(config.data, "train", None, config.clip.augment, config.clip.flip)
         self.test_set = self.videos(config.data, "validation")
+        for data in config.evaluate.data if config.evaluate.tasks else ():
+            for split, count in (("train", config.num_videos), ("validation", config.evaluate.num_videos)):
+                list_videos(data, split, count, progress=True)
         self._first = self._make(config.agent.class_)
         self.folder = new_folder(Path(config.out), config.name)
         self.lock = FileLock(self.folder / LOCK)
@@ -83,23 +85,8 @@ class Run:
         write_bad_videos(self.folder, *self.videos.opened())
 
     def _env(self, videos: VideoSet, mae: MAELearner, num_envs: int, observation: str) -> TATSMaskingVectorEnv:
-        config, clip = self.config, self.config.clip
-        options: dict[str, Any] = {
-            "dataset": videos,
-            "mask_ratio": config.mask_ratio,
-            "num_frames": clip.num_frames,
-            "frame_stride": clip.frame_stride,
-            "size": clip.size,
-            "tubelet_size": clip.tubelet_size,
-            "patch_size": clip.patch_size,
-            "mae": mae,
-            "observation": observation,
-            "repeats": config.loader.repeats if videos is self.train_set else 1,
-            "foreground": videos.has_foreground,
-        }
-        if config.rounds > 1:
-            return TATSMaskingSequentialVectorEnv(num_envs, output="torch", rounds=config.rounds, **options)
-        return TATSMaskingVectorEnv(num_envs, output="torch", reward=config.reward, horizon=config.horizon, **options)
+        repeats = self.config.loader.repeats if videos is self.train_set else 1
+        return masking_env(self.config, videos, mae, num_envs, observation, repeats)
 
     def _make(self, name: str) -> tuple[MAELearner, Any]:
         """An MAE, and the agent of that name in an environment around it."""
@@ -151,8 +138,8 @@ class Run:
             env = self._env(self.test_set, mae, EXAMPLES, observation)
             draw(type(agent).load(path, env), env, folder)
         if config.evaluate.tasks:
+            self.write_summary(interrupted=True)  # what there is, should a task fail
             found = downstream(config, config.evaluate.tasks, mae, judged, self.videos, folder, self.console)
-            self.downstream[name] = found
             self.results[name] |= top1_figures(found, config)
 
     def write_summary(self, **more: Any) -> None:
@@ -184,14 +171,36 @@ class Run:
         return table
 
 
+def masking_env(
+    config: RunConfig, videos: VideoSet, mae: MAELearner, num_envs: int, observation: str, repeats: int = 1
+) -> TATSMaskingVectorEnv:
+    """The environment that a configuration describes, on the device."""
+    clip = config.clip
+    options: dict[str, Any] = {
+        "dataset": videos,
+        "mask_ratio": config.mask_ratio,
+        "num_frames": clip.num_frames,
+        "frame_stride": clip.frame_stride,
+        "size": clip.size,
+        "tubelet_size": clip.tubelet_size,
+        "patch_size": clip.patch_size,
+        "mae": mae,
+        "observation": observation,
+        "repeats": repeats,
+        "foreground": videos.has_foreground,
+    }
+    if config.rounds > 1:
+        return TATSMaskingSequentialVectorEnv(num_envs, output="torch", rounds=config.rounds, **options)
+    return TATSMaskingVectorEnv(num_envs, output="torch", reward=config.reward, horizon=config.horizon, **options)
+
+
 def new_learner(config: RunConfig) -> MAELearner:
     """The MAE that a configuration asks for, from scratch or from ``mae.init``.
 
     Raises:
         ConfigError: if ``mae.init`` cannot be loaded, or is not for clips such as these.
     """
-    clip, mae = config.clip, config.mae
-    grid = TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
+    mae = config.mae
     options: dict[str, Any] = {
         "batch_size": config.batch_size,
         "learning_rate": mae.learning_rate,
@@ -204,14 +213,33 @@ def new_learner(config: RunConfig) -> MAELearner:
         "compile": mae.compile,
     }
     if mae.init is None:
-        return MAELearner(grid, mae.size, **options).train(not mae.frozen)
+        return MAELearner(token_grid(config), mae.size, **options).train(not mae.frozen)
+    return load_mae(mae.init, config, "mae.init", **options).train(not mae.frozen)
+
+
+def load_mae(path: str | Path, config: RunConfig, what: str, **options: Any) -> MAELearner:
+    """A trained MAE, for clips such as the configuration's.
+
+    Args:
+        path: of ``load_learner``, and so are the options.
+        what: names it in an error.
+
+    Raises:
+        ConfigError: if it cannot be loaded, or was made for other clips.
+    """
     try:
-        learner = load_learner(mae.init, **options)
+        learner = load_learner(path, **options)
     except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"mae.init: {error}") from error
-    if learner.grid != grid:
-        raise ConfigError(f"mae.init: {mae.init} was made for {learner.grid}, but clip says {grid}")
-    return learner.train(not mae.frozen)
+        raise ConfigError(f"{what}: {error}") from error
+    if learner.grid != token_grid(config):
+        raise ConfigError(f"{what}: {path} was made for {learner.grid}, but clip says {token_grid(config)}")
+    return learner
+
+
+def token_grid(config: RunConfig) -> TokenGrid:
+    """How the configuration's clips are cut into tokens."""
+    clip = config.clip
+    return TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
 
 
 def agent_maker(section: AgentConfig | OtherAgentConfig) -> tuple[Any, dict[str, Any]]:

@@ -13,11 +13,11 @@ from experiments.config import dump_config, load_config
 from experiments.downstream import downstream, downstream_table
 from experiments.probes import PROBES
 from experiments.refusals import ConfigError
-from experiments.run import LOCK, agent_maker, new_folder, new_learner
+from experiments.run import LOCK, agent_maker, load_mae, masking_env, new_folder, new_learner
 from experiments.schema import RunConfig
 from experiments.videos import Videos
 from tats_env.data import write_bad_videos
-from tats_env.mae import MAELearner, load_learner
+from tats_env.mae import MAELearner
 
 MAE_FILE = "mae.safetensors"
 
@@ -27,29 +27,34 @@ def evaluate_trained(verb: str, args: Sequence[str]) -> int:
 
     Args:
         verb: which of the two.
-        args: the folder of a run, or a YAML file with ``mae.init``; then options as of ``tats run``.
+        args: the folder of a run or of an earlier call, or a YAML file with ``mae.init``; then options as of ``tats
+            run``.
     """
     console = Console()
     given = Path(args[0])
     trained = (given / MAE_FILE).is_file()
+    # The run under random masks that a run may hold has its configuration
+    home = given if (given / "config.yaml").is_file() or not trained else given.parent
+    stored = home / "config.yaml"
+    config = load_config(str(stored) if stored.is_file() else args[0], args[1:], prog=f"tats {verb} {args[0]}")
     if trained:
-        # The run under random masks that a run may hold has its configuration
-        home = given if (given / "config.yaml").is_file() else given.parent
-        config = load_config(str(home / "config.yaml"), args[1:], prog=f"tats {verb} {args[0]}")
-        folder = given
-        mae = load_learner(given / MAE_FILE, device=config.device)
+        if any(arg.partition("=")[0] == "--mae.init" for arg in args):
+            raise ConfigError(f"--mae.init: {given} has an MAE of its own; give a configuration in its place")
+        folder, mae = given, load_mae(given / MAE_FILE, config, str(given), device=config.device)
     else:
-        config = load_config(args[0], args[1:], prog=f"tats {verb} {args[0]}")
         mae = new_learner(config)
-        folder = new_folder(Path(config.out), f"{config.name}-{verb}")
-        (folder / "config.yaml").write_text(dump_config(config))
+        # The folder of an earlier call, which is gone on with, or a new one
+        folder = given if stored.is_file() else new_folder(Path(config.out), f"{config.name}-{verb}")
+        if not stored.is_file():
+            (folder / "config.yaml").write_text(dump_config(config))
     try:
         lock = FileLock(folder / LOCK).acquire(blocking=False)
     except Timeout:
         raise ConfigError(f"{folder}: another tats is at work in this folder; wait for it") from None
     with lock:
         videos = Videos(config)
-        agent = _agent(config, folder, mae) if verb == "finetune" and config.finetune.sampler == "policy" else None
+        chosen = verb == "finetune" and config.finetune.sampler == "policy"
+        agent = _agent(config, folder, mae, videos) if chosen else None
         tasks = list(PROBES) if verb == "probe" else ["finetune"]
         found = downstream(config, tasks, mae, agent, videos, folder, console)
         write_bad_videos(folder, *videos.opened())
@@ -61,10 +66,11 @@ def evaluate_trained(verb: str, args: Sequence[str]) -> int:
     return 0
 
 
-def _agent(config: RunConfig, folder: Path, mae: MAELearner) -> Any:
-    """The sampler that the run trained, to be asked."""
+def _agent(config: RunConfig, folder: Path, mae: MAELearner, videos: Videos) -> Any:
+    """The sampler that the run trained, on the MAE's device."""
     make, _ = agent_maker(config.agent)
     path = folder / f"policy{getattr(make, 'suffix', '')}"
     if not path.exists():
         raise ConfigError(f"finetune.sampler: policy needs a run's folder with its sampler; {path} is not there")
-    return make.load(path)
+    test_set = videos((config.evaluate.data or [config.data])[0], "validation")
+    return make.load(path, masking_env(config, test_set, mae, 1, getattr(make, "observation", "tokens")))

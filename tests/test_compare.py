@@ -120,7 +120,7 @@ def test_finished_runs_are_not_done_again_and_one_that_was_stopped_is(finished: 
     (cells / "mine-0.9-1" / "summary.json").unlink()
     done = compare(folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("] mine, mask ratio 0.9, seed 1: ") == 1 and "[5/6]" not in done.stdout
+    assert done.stdout.count("] mine on motion, mask ratio 0.9, seed 1: ") == 1 and "[5/6]" not in done.stdout
     changed = {path.parent.name for path, when in before.items() if path.stat().st_mtime_ns != when}
     assert changed == {"mine-0.9-1"}
 
@@ -138,11 +138,16 @@ def test_a_comparison_that_was_killed_goes_on_where_it_stopped(folder: Path) -> 
     )
     cells = folder / "runs" / "grid" / "cells"
     deadline = time.monotonic() + 120
-    while not list(cells.glob("*/summary.json")) and time.monotonic() < deadline:
+
+    def finished_runs() -> dict[Path, bytes]:
+        found = {path: path.read_bytes() for path in cells.glob("*/summary.json")}
+        return {path: content for path, content in found.items() if b"interrupted" not in content}
+
+    while not finished_runs() and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)  # the runs with it
     process.wait()
-    survivors = {path: path.read_bytes() for path in cells.glob("*/summary.json")}
+    survivors = finished_runs()
     assert 1 <= len(survivors) < 3
     done = compare(folder, *options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -162,7 +167,10 @@ def test_a_run_that_fails_is_named_with_its_last_words_and_stops_no_other(folder
     )
     done = compare(folder, "--seeds", "[0]", "--agents.rounds.run.rounds", "1")
     assert done.returncode == 1
-    assert "mine, mask ratio 0.9, seed 0: failed: OSError: x1 (" in done.stdout and "1 runs failed" in done.stdout
+    assert (
+        "mine on motion, mask ratio 0.9, seed 0: failed: OSError: x1 (" in done.stdout
+        and "1 runs failed" in done.stdout
+    )
     assert len(list((folder / "runs" / "grid" / "cells").glob("*/summary.json"))) >= 2
 
 

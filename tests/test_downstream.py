@@ -14,6 +14,7 @@ import yaml
 
 from experiments import cli
 from experiments.config import load_config
+from experiments.downstream import slug
 from tats_env.data import motion
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ def test_a_run_is_fine_tuned_with_the_tokens_that_its_sampler_keeps(finished: Pa
     options = ["--evaluate.data", "motion", "--finetune.sampler", "policy", "--finetune.keep-ratio", "0.5"]
     ratios = ["--finetune.test-keep-ratios", "1.0", "0.5", "0.25"]
     home = finished / "downstream" / "motion" / "finetune"
-    with pytest.raises(ValueError, match="finetune: "):  # the folder holds another fine-tuning
+    with pytest.raises(ValueError, match="of another fine-tuning: sampler"):  # the folder holds another fine-tuning
         from experiments.trained import evaluate_trained
 
         evaluate_trained("finetune", [str(finished), *options, *ratios])
@@ -116,9 +117,36 @@ def test_trained_verbs_refuse_what_is_no_run_and_a_set_without_classes(
     (source,) = motion.render(0, "train", 1)
     for i in range(6):
         (tmp_path / f"{i}.mp4").write_bytes(source.read_bytes())
-    for verb, said in (("probe", "there are not two classes to tell apart"), ("finetune", "too few labelled videos")):
+    for verb in ("probe", "finetune"):
         assert cli.main([verb, str(finished), "--evaluate.data", f"folder:{tmp_path}"]) == 2
-        assert said in capsys.readouterr().err
+        assert "there are not two classes to tell apart" in capsys.readouterr().err
+    assert cli.main(["probe", str(finished), "--clip.size", "64"]) == 2
+    assert "was made for" in capsys.readouterr().err
+    assert cli.main(["probe", str(finished), "--mae.init", "x"]) == 2
+    short = str(finished.parent / "short.yaml")
+    assert cli.main(["run", short, "--evaluate.data", f"folder:{tmp_path / 'none'}", "--out", str(tmp_path)]) == 2
+    assert "none is not a folder" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuning_of_a_model_from_elsewhere_goes_on_in_its_folder(finished: Path, tmp_path: Path) -> None:
+    short = SHORT | {"mae": {"init": str(finished / "mae.safetensors")}, "out": str(tmp_path)}
+    short["evaluate"] = {"num_videos": 30, "clips": 8}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(short))
+    assert cli.main(["finetune", str(tmp_path / "short.yaml")]) == 0
+    weights = tmp_path / "run-finetune" / "downstream" / "motion" / "finetune" / "finetune.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert cli.main(["finetune", str(tmp_path / "run-finetune")]) == 0
+    assert weights.stat().st_mtime_ns == before, "it was finished"
+    with pytest.raises(ValueError, match="of another fine-tuning: clip_span"):
+        from experiments.trained import evaluate_trained
+
+        evaluate_trained("finetune", [str(tmp_path / "run-finetune"), "--clip.frame-stride", "2"])
+
+
+def test_two_folders_of_one_name_are_told_apart() -> None:
+    names = {slug(f"folder:/data/{part}/videos") for part in ("a", "b")}
+    assert len(names) == 2 and all(name.startswith("folder-videos-") for name in names)
+    assert slug("motion") == "motion" and "/" not in slug("ucf101:/x/y z?split=2")
 
 
 def test_a_grid_of_data_sets_compares_transfer(tmp_path: Path) -> None:
@@ -141,7 +169,8 @@ def test_a_grid_of_data_sets_compares_transfer(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(0 <= float(cell[f"knn_top1@{data}"]) <= 1 for cell in cells for data in ("motion", "scenes"))
     table = (folder / "table.md").read_text()
-    assert "| agent | pre-trained on | mask ratio |" in table and "k-NN on scenes" in table
-    assert "| tube | scenes | 0.9 |" in table
+    assert "| agent | pre-trained on | mask ratio |" in table and "| tube | scenes | 0.9 |" in table
+    assert "| pre-trained on | evaluated on | mask ratio | agent | k-NN | over random's [95 %] |" in table
+    assert "| motion | scenes | 0.9 | tube |" in table and "k-NN" in done.stdout
     for name in ("error", "knn_motion", "knn_scenes", "motion_lift"):
         assert (folder / f"{name}.png").stat().st_size > 5000

@@ -15,6 +15,7 @@ import torch
 
 from experiments import cli
 from experiments.config import load_config, parse_config
+from experiments.dry_run import miniature
 from experiments.estimate import estimate
 from tats_env.data import open_dataset
 from tats_env.data.miniature import MINIATURES
@@ -84,9 +85,23 @@ def test_a_recipe_says_what_it_takes_and_makes_two_steps_in_miniature(name: str,
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for said in ("86.2 M parameters", "1568, 78", "GiB", "time on one H100", "ppo: step 2 of 2", "fine-tuned", "k-NN"):
+    for said in (
+        "86.2 M parameters",
+        "1568, 78",
+        "GiB",
+        "its time on one H100",
+        "ppo: step 2 of 2",
+        "fine-tuned",
+        "k-NN",
+    ):
         assert said in done.stdout
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing behind"
+
+
+@pytest.mark.parametrize("options", [["--rounds", "13"], ["--agent.entropy-floor", "200"], ["--mask-ratio", "0.995"]])
+def test_what_is_possible_at_full_size_is_possible_in_miniature(options: list[str], tmp_path: Path) -> None:
+    small = miniature(load_config("ssv2", options), tmp_path)
+    assert small.clip.num_tokens == 128 and small.rounds <= 2
 
 
 @pytest.mark.parametrize("name", RECIPES)
