@@ -660,9 +660,13 @@ def test_what_the_command_line_cannot_do_is_refused(tmp_path: Path, capsys: pyte
     for arguments in ([], ["chekc", "motion"]):
         with pytest.raises(ConfigError, match=r"tats data check SPEC \[--decode\]"):
             data(arguments)
-    with pytest.raises(SystemExit) as ended:
-        data(["--help"])
-    assert ended.value.code == 0 and "--decode" in capsys.readouterr().out
+    assert data(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "tats data check" in said and "tats data pack" in said
+    for verb, option in (("check", "--decode"), ("pack", "--per-shard")):
+        with pytest.raises(SystemExit) as ended:
+            data([verb, "--help"])
+        assert ended.value.code == 0 and option in capsys.readouterr().out
     with pytest.raises(DataError, match="did you mean ssv2"):
         data(["check", "ssv:/x"])
     (tmp_path / "file").touch()

@@ -226,6 +226,16 @@ def test_what_a_file_leaves_out_takes_its_default(tmp_path: Path) -> None:
     assert (config.clip.num_tokens, config.agent.credit) == (512, "token_motion")
 
 
+def test_a_data_set_may_be_a_mapping(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        "data: {ucf101: /my videos, split: 2}\nevaluate: {data: [motion, {hmdb51: /h}, {folder: /f}]}\n"
+    )
+    config = load_config(str(tmp_path / "my.yaml"))
+    assert config.data == "ucf101:/my videos?split=2"
+    assert config.evaluate.data == ["motion", "hmdb51:/h", "folder:/f"]
+    assert "data: 'ucf:/x' is unknown" in complaint(tmp_path, "data: {ucf: /x}")
+
+
 @pytest.mark.parametrize("path", ["quickstart", "quickstart.yaml", "experiments/quickstart.yaml"])
 def test_a_packaged_configuration_is_found_by_name_or_path_from_any_folder(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

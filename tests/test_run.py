@@ -65,7 +65,7 @@ def test_summary_holds_the_table(finished: tuple[Path, str]) -> None:
         "reconstruction_error",
         "random_mask_error",
         "motion_lift",
-        "probe_top1",
+        "linear_top1",
         "seconds_per_step",
         "mae_updates",
     }
@@ -125,7 +125,7 @@ def test_run_on_a_folder_of_ones_own_videos_skips_the_broken_ones(tmp_path: Path
     assert bad.count("text.mp4\t") == 1
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["ppo"]["motion_lift"] is None  # nobody knows what moves there
-    assert 0 <= summary["ppo"]["probe_top1"] <= 1
+    assert 0 <= summary["ppo"]["linear_top1"] <= 1
 
 
 def test_folder_without_videos_is_refused_without_a_traceback(tmp_path: Path) -> None:
