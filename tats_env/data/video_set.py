@@ -323,16 +323,17 @@ class VideoSet:
             torch.cuda.current_stream(device).wait_event(ready)
             clips.record_stream(torch.cuda.current_stream(device))
         rows = every
-        while failed:
+        while True:
             # Only now, so that what plays for whom does not depend on when a clip of a batch was decoded
             for v, error in sorted(failed.items()):
                 self._replace(v, error)
-            rows = rows[np.isin(video, list(failed))]
+            rows = rows[video != self._plays[choice.video_index[rows]]]
+            if not len(rows):
+                return clips
             again = np.empty((len(rows), *clips.shape[1:]), np.uint8)
             video = self._plays[choice.video_index[rows]]
             failed = self._stage.alone(partial(self._stream.take, self._requests(choice, rows), again))
             clips[torch.from_numpy(rows).to(device)] = torch.from_numpy(again).to(device)
-        return clips
 
     def _decode(self, choice: _Choice, device: torch.device) -> _Decoded:
         """Decode and start to move the clips, leaving out those that cannot be decoded."""
