@@ -31,6 +31,7 @@ def dry_run(config: RunConfig) -> int:
     console.print(_table(config))
     with tempfile.TemporaryDirectory(prefix="tats-dry-run-") as folder:
         console.print("\nIn miniature:")
+        logging.getLogger("tats_env.data").setLevel(logging.ERROR)  # of twelve videos nobody misses any
         return run(miniature(config, Path(folder)))
 
 
@@ -59,7 +60,6 @@ def miniature(config: RunConfig, folder: Path) -> RunConfig:
     kind = config.data.partition(":")[0]
     count = CLASSES * PER_CLASS
     data = config.data if kind in RENDERED_SETS else MINIATURES[kind](folder / "data", PER_CLASS, CLASSES)
-    logging.getLogger("tats_env.data").setLevel(logging.ERROR)  # of twelve videos nobody misses any
     values = to_values(config)
     tokens = config.clip.num_frames // config.clip.tubelet_size * (SIZE // PATCH_SIZE) ** 2
     # As many rounds as there may be of few tokens, and as many tokens in each
