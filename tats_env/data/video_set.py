@@ -64,9 +64,7 @@ class VideoSet:
         labels: class of each video, int64 [V]; -1 where unknown.
         class_names: the name of each class.
         lengths: frames in each video, int64 [V].
-        missing: files that the annotation names and that are not there.
         bad_videos: (path, reason) of each file that could not be decoded.
-        flips: whether a mirrored video keeps its class.
         augments: whether a key changes anything about a clip.
         clip_shape: (T, H, W).
         clip_span: frames of a video from the first to the last of a clip, ``(num_frames - 1) * frame_stride + 1``.
@@ -95,7 +93,6 @@ class VideoSet:
         progress: bool = False,
     ) -> None:
         self.name, self.split, self.class_names = name, split, list(listing.class_names)
-        self.missing, self.flips = list(listing.missing), listing.flips
         self.size, self.sampling, self.augment, self.flip = size, sampling, augment, flip and listing.flips
         # What is decoded: with room around it where a crop is drawn
         self.canvas = size if augment == "none" else (round(MARGIN * size[0]), round(MARGIN * size[1]))
