@@ -20,7 +20,7 @@ from typing_extensions import Self
 from agents.base import Stepwise
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.meter import Meter
-from tats_env.guard import GuardedOptimizer
+from tats_env.guard import GuardedOptimizer, fused_adamw
 from tats_env.mae.checkpoint import read_checkpoint
 
 FORMAT = "tats-env adamae 1"
@@ -97,7 +97,7 @@ class AdaMAE(Stepwise):
             torch.default_generator.manual_seed(seed)
             self.sampler = AdaMAESampler(self.observation_shape).to(self.device)
         groups = param_groups_weight_decay(self.sampler, 0.05, no_weight_decay_list=["pos_embed"])
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.optimizer = fused_adamw(groups, self.device, betas=(0.9, 0.95))
         self._guard = GuardedOptimizer(self.optimizer, self.sampler.parameters())
         self.meter = Meter()
 
@@ -109,17 +109,18 @@ class AdaMAE(Stepwise):
         """The ranks of a draw, or of the highest logits."""
         logits = self.logits(observation)
         self._policy = PlackettLuce(logits, logits.shape[1])
-        picks = self._policy.mode() if deterministic else self._policy.sample(self.generator)
+        picks = self._policy.mode() if deterministic else self._policy.sample(uniform=self.draws.uniform(*logits.shape))
         return picks_to_scores(picks, logits.shape[1])
 
     def after_step(self, observation: Tensor) -> None:
         """One update on what was just found; the graph is that of the forward pass that drew."""
         decision = self.env.unwrapped.task.decision
-        error = decision.reconstruction.token_error
-        loss = sampling_loss(self._policy.log_p, error, ~decision.visible, self.coefficient)
+        found = decision.reconstruction
+        loss = sampling_loss(self._policy.log_p, found.token_error, found.scored, self.coefficient)
         for group in self.optimizer.param_groups:
             group["lr"] = self.env.unwrapped.mae.optimizer.param_groups[0]["lr"]
-        self._guard.step(loss)
+        self._guard.accumulate(loss)
+        self._guard.step()
         self.meter.add({"train/loss": loss, "mask/effective_tokens": self._policy.effective_tokens().mean()})
 
     def metrics(self) -> dict[str, float]:

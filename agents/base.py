@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,6 +19,7 @@ from typing_extensions import Self
 
 from agents import AGENTS
 from agents.hooks import Hook, as_hooks
+from tats_env.keyed import keyed_bits, keyed_uniform
 from tats_env.rewards import import_object
 from tats_env.vector_env import TATSMaskingVectorEnv
 
@@ -129,6 +131,30 @@ def from_batch(scores: Tensor, single: bool, as_numpy: bool) -> Any:
     return scores.cpu().numpy() if as_numpy else scores
 
 
+class Draws:
+    """Uniform random numbers for each environment: a hash of the agent's seed, of the environment's place in the whole
+    batch and of how often was drawn.
+
+    So they are the same on every device, and a process that steps a share of the environments draws what would be drawn
+    for these among all.
+
+    Attributes:
+        count: draws so far.
+    """
+
+    def __init__(self, seed: int, env: Any = None) -> None:
+        self.seed, self.device, self.count = seed, env_device(env), 0
+        self.first_env = 0 if env is None else env.unwrapped.first_env
+
+    def uniform(self, num_envs: int, *shape: int) -> Tensor:
+        """float64 in [0, 1), [num_envs, *shape]."""
+        self.count += 1
+        env = torch.arange(self.first_env, self.first_env + num_envs, device=self.device)
+        key = keyed_bits(env, self.seed, self.count)
+        each = torch.arange(prod(shape), device=self.device)
+        return keyed_uniform(key[:, None], each).view(num_envs, *shape)
+
+
 class Stepwise(ABC):
     """An agent that acts, and may learn, one step at a time. Give it ``scores``, and you have an ``Agent``.
 
@@ -136,7 +162,7 @@ class Stepwise(ABC):
 
     Args:
         env: a ``TATSMasking`` vector environment with ``output="torch"``, an id, or None (to predict only).
-        seed: of the environment's clips, and of ``self.generator`` for draws.
+        seed: of the environment's clips, and of ``self.draws``, where random numbers come from.
     """
 
     observation: ClassVar[str] = "tokens"
@@ -146,7 +172,7 @@ class Stepwise(ABC):
         self.env: Any = None if env is None else open_env(env)
         self.seed = seed
         self.device = env_device(self.env)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.draws = Draws(seed, self.env)
         self.num_timesteps = 0
 
     @abstractmethod

@@ -80,7 +80,7 @@ def token_credit(name: str, form: str, power: float, decision: Decision, picks: 
     else:
         found = decision.reconstruction
         values = found.token_error if name == "token_error" else found.motion_error
-        counts = ~decision.visible
+        counts = found.scored
     advantage = standardised(values, counts) if form == "standardised" else proportional(values, counts, power)
     return Credit(advantage, counts)
 

@@ -56,15 +56,19 @@ class PlackettLuce:
             self._log_p = self._log_p.masked_fill(~available, _NEVER).log_softmax(-1)
         self.log_p = self._rounded(self._log_p)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: torch.Generator | None = None, *, uniform: Tensor | None = None) -> Tensor:
         """Draw K tokens: int64 [..., K] in the order drawn, by Gumbel-top-k (Kool et al., ICML 2019).
 
-        ``generator`` lives on the logits' device; without one torch's global generator is used.
+        Args:
+            generator: on the logits' device; without one torch's global generator is used.
+            uniform: float64 [..., N] in [0, 1), numbers that decide in the generator's place.
         """
         log_p = self._log_p.detach()
+        if uniform is None:
+            uniform = torch.rand(log_p.shape, dtype=log_p.dtype, device=log_p.device, generator=generator)
         # -log of an Exponential(1) variable is a Gumbel(0, 1) one; an exact 0 would make it infinite.
-        noise = torch.empty_like(log_p).exponential_(generator=generator)
-        return (log_p - noise.clamp_min_(_TINY).log()).topk(self.k).indices
+        noise = -torch.log1p(-uniform)
+        return (log_p - noise.clamp_min(_TINY).log()).topk(self.k).indices
 
     def mode(self) -> Tensor:
         """The most probable draw, int64 [..., K]: the K highest logits, highest first."""

@@ -21,10 +21,7 @@ class RandomMask(Stepwise):
 
     def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
         """Uniform draws; there is no other mode."""
-        return 2 * self._uniform(*observation.shape[:3]).flatten(1) - 1
-
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.device)
+        return 2 * self.draws.uniform(*observation.shape[:3]).flatten(1) - 1
 
     def _groups(self, group: Tensor, count: int, observation: Tensor) -> Tensor:
         """Scores [B, N] that keep whole groups of tokens, in random order, and of the last one random tokens.
@@ -34,8 +31,8 @@ class RandomMask(Stepwise):
             count: how many there are.
             observation: [B, T', S, D].
         """
-        rank = self._uniform(len(observation), count).argsort(dim=1)[:, group.flatten()]  # [B, N]
-        return 2 * (rank + self._uniform(*rank.shape)) / count - 1
+        rank = self.draws.uniform(len(observation), count).argsort(dim=1)[:, group.flatten()]  # [B, N]
+        return 2 * (rank + self.draws.uniform(*rank.shape)) / count - 1
 
 
 def _steps_and_positions(observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +120,7 @@ class _Prior(RandomMask):
         """The ranks of a draw, or of the highest logits."""
         logits = self.logits(observation)
         policy = PlackettLuce(logits, logits.shape[1], self.explore)
-        picks = policy.mode() if deterministic else policy.sample(self.generator)
+        picks = policy.mode() if deterministic else policy.sample(uniform=self.draws.uniform(*logits.shape))
         return picks_to_scores(picks, logits.shape[1])
 
 

@@ -9,6 +9,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from agents.attention import TrajectoryAttention
+from tats_env.precision import autocast
 
 
 class TrajectoryBlock(nn.Module):
@@ -61,16 +62,18 @@ class TrajectoryPolicy(nn.Module):
         self.embed = nn.Sequential(nn.LayerNorm(observation_shape[-1]), nn.Linear(observation_shape[-1], width))
         self.blocks = nn.Sequential(*(TrajectoryBlock(width, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.actor = nn.Linear(width, 1)
+        self.actor = nn.Linear(width, 1, bias=False)  # which would move all logits alike, and the mean is taken off
         self.critic = nn.Linear(width, 1)
         # Start near uniform masks and near a value of nothing.
         for head in (self.actor, self.critic):
             nn.init.trunc_normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
+        nn.init.zeros_(self.critic.bias)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Observation [B, T', S, D] -> logits [B, N] and values [B], float32."""
         x = self.norm(self.blocks(self.embed(observation)))
-        raw = self.actor(x).flatten(1).float()
-        logits = self.logit_cap * torch.tanh((raw - raw.mean(1, keepdim=True)) / self.logit_cap)
-        return logits, self.critic(x.mean(dim=(1, 2))).squeeze(-1).float()
+        with autocast(x.device, enabled=False):  # in bfloat16 logits would collide
+            x = x.float()
+            raw = self.actor(x).flatten(1)
+            logits = self.logit_cap * torch.tanh((raw - raw.mean(1, keepdim=True)) / self.logit_cap)
+            return logits, self.critic(x.mean(dim=(1, 2))).squeeze(-1)

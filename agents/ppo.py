@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,15 +19,17 @@ from safetensors.torch import save_file
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
-from agents.base import env_device, first_seed, from_batch, open_env, to_batch
+from agents.base import Draws, env_device, first_seed, from_batch, open_env, to_batch
 from agents.credit import CREDITS, FORMS, Credit, clipped_surrogate, log_ratio, standardised, token_credit
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
 from agents.meter import Meter
 from agents.policies import TrajectoryPolicy
 from tats_env.grid import visible_mask
-from tats_env.guard import GuardedOptimizer
+from tats_env.guard import GuardedOptimizer, fused_adamw
 from tats_env.mae.checkpoint import read_checkpoint
+from tats_env.precision import autocast
+from tats_env.processes import average, gathered, process_index
 
 FORMAT = "tats-env ppo 1"
 FINAL_LEARNING_RATE = 0.1
@@ -54,6 +57,19 @@ class Rollout(NamedTuple):
     """bool [M, X], which advantages count"""
     available: Tensor | None = None
     """bool [M, N], which tokens could be drawn; None where all could"""
+
+
+class Statistics(NamedTuple):
+    """Scalars of one loss, for the log."""
+
+    loss: Tensor
+    policy_gradient_loss: Tensor
+    value_loss: Tensor
+    entropy_loss: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    entropy: Tensor
+    effective_tokens: Tensor
 
 
 def gae(rewards: Tensor, values: Tensor, ended: Tensor, last_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
@@ -100,7 +116,12 @@ class PPO:
         power: exponent of the proportional form.
         explore: share of uniform draws mixed into the policy, in the draw and in every ratio alike.
         policy_kwargs: of ``TrajectoryPolicy``.
+        compile: run policy and loss through ``torch.compile``.
+        micro_batch_size: decisions in one forward and backward pass; gradients add up over an update's.
         seed: of the policy's weights, its draws and the environment's clips.
+
+    Where torch.distributed has been started, each process steps its share of the environments, and advantages, KL and
+    gradients are those of all of them. With several minibatches each process shuffles its own share.
 
     Raises:
         ValueError: on settings that can't work.
@@ -132,6 +153,8 @@ class PPO:
         power: float = 1.0,
         explore: float = 0.5,
         policy_kwargs: dict[str, Any] | None = None,
+        compile: bool = False,
+        micro_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
         if credit not in CREDITS:
@@ -157,10 +180,14 @@ class PPO:
         if self.env is not None:
             self.env.unwrapped.task.always_probe = credit == "pick_surprise"
         self.policy = policy.to(self.device)
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=learning_rate, fused=True)
+        self.optimizer = fused_adamw(self.policy.parameters(), self.device, lr=learning_rate)
         self.max_grad_norm = max_grad_norm
         self._guard = GuardedOptimizer(self.optimizer, self.policy.parameters(), max_grad_norm)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.draws = Draws(seed, self.env)
+        self.micro_batch_size = micro_batch_size
+        compiled: Any = partial(torch.compile, dynamic=False) if compile else lambda function: function
+        self._forward, self._objective = compiled(self._evaluate), compiled(self._clipped_objective)
+        self._drawn: tuple[Tensor, Tensor] | None = None
         self._reward_mean, self._reward_variance, self._reward_weight = torch.zeros(3, device=self.device).unbind()
         self.meter = Meter()
         self.num_timesteps = 0
@@ -182,6 +209,11 @@ class PPO:
             raise ValueError(
                 f"n_minibatches={self.n_minibatches} does not divide a rollout of {self.env.num_envs} environments x "
                 f"{self.n_steps} steps = {clips_per_rollout} decisions"
+            )
+        if clips_per_rollout // self.n_minibatches % (self.micro_batch_size or 1):
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide an update's "
+                f"{clips_per_rollout // self.n_minibatches} decisions"
             )
         end = self.num_timesteps + total_timesteps
         schedule = CosineLRScheduler(
@@ -222,6 +254,17 @@ class PPO:
         """``check``'s numbers, and means since the last call of what each update measured. Waits for the device."""
         return self.check() | self.meter.means()
 
+    def _evaluate(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, N] and values [B], float32, of an observation [B, T', S, D]; in bfloat16 inside on a GPU."""
+        with autocast(self.device):
+            logits, values = self.policy(observation)
+        return logits.float(), values.float()
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether an update's first forward pass is, exactly, the one that drew: then it is not made again."""
+        return self.n_steps == self.n_minibatches == 1 and self.micro_batch_size is None
+
     @torch.no_grad()
     def _collect(self, observation: Tensor, hooks: list[Hook]) -> tuple[Rollout, Tensor]:
         """One rollout of ``n_steps`` steps, and the observation after it."""
@@ -231,11 +274,13 @@ class PPO:
         steps, rewards, ends, credits, availables = [], [], [], [], []
         available: Tensor | None = None
         for _ in range(self.n_steps):
-            logits, value = self.policy(observation)
+            with torch.set_grad_enabled(self._reuses):
+                self._drawn = self._forward(observation)
+            logits, value = (x.detach() for x in self._drawn)
             if in_rounds:
                 available = ~visible_mask(task.shown, n)
                 availables.append(available)
-            picks = PlackettLuce(logits, k, self.explore, available).sample(self.generator)
+            picks = PlackettLuce(logits, k, self.explore, available).sample(uniform=self.draws.uniform(*logits.shape))
             steps.append((observation, picks, logits, value))
             observation, reward, terminated, truncated, _ = env.step(picks_to_scores(picks, n))
             rewards.append(reward)
@@ -246,16 +291,19 @@ class PPO:
             for hook in hooks:
                 hook.on_step(self)
         observations, picks, logits, values = (torch.stack(x) for x in zip(*steps, strict=True))
-        last_value = self.policy(observation)[1] if self.gamma else torch.zeros_like(values[0])
+        last_value = self._forward(observation)[1] if self.gamma else torch.zeros_like(values[0])
         advantages = gae(
             self._normalise(torch.stack(rewards)), values, torch.stack(ends), last_value, self.gamma, self.gae_lambda
         )
         returns = (advantages + values).flatten()
         if self.credit == "clip":
-            flat = advantages.flatten()[None]
-            every = torch.ones_like(flat, dtype=torch.bool)
-            flat = standardised(flat, every) if self.normalize_advantage and flat.numel() > 1 else flat
-            credit = Credit(flat.T, every.T)
+            flat = advantages.flatten()
+            if self.normalize_advantage:
+                everyone = gathered(flat)[None]
+                first = process_index() * len(flat)
+                if everyone.numel() > 1:
+                    flat = standardised(everyone, torch.ones_like(everyone) > 0)[0, first : first + len(flat)]
+            credit = Credit(flat[:, None], torch.ones_like(flat[:, None]) > 0)
         else:
             credit = Credit(*(torch.cat(x) for x in zip(*credits, strict=True)))
         observations, picks, logits, values = (x.flatten(0, 1) for x in (observations, picks, logits, values))
@@ -270,39 +318,69 @@ class PPO:
         """
         self._reward_weight.lerp_(torch.ones_like(self._reward_weight), 1 - REWARD_DECAY)
         # An exponential average from 0, corrected for its start as Adam's moments are.
-        self._reward_mean.lerp_(rewards.mean(), 1 - REWARD_DECAY)
+        average(mean := rewards.mean())
+        self._reward_mean.lerp_(mean, 1 - REWARD_DECAY)
         centred = rewards - self._reward_mean / self._reward_weight
-        self._reward_variance.lerp_(centred.square().mean(), 1 - REWARD_DECAY)
+        average(mean_square := centred.square().mean())
+        self._reward_variance.lerp_(mean_square, 1 - REWARD_DECAY)
         return centred / (self._reward_variance / self._reward_weight + 1e-8).sqrt()
 
     def _train(self, rollout: Rollout) -> None:
         """Several epochs of clipped updates on one rollout."""
         size = len(rollout.value)
         stopped = torch.zeros((), dtype=torch.bool, device=self.device)
-        for _ in range(self.n_epochs):
-            if self.n_minibatches == 1:
-                batches = [rollout]
-            else:
-                order = torch.randperm(size, generator=self.generator, device=self.device)
-                parts = order.chunk(self.n_minibatches)
-                batches = [Rollout._make(None if x is None else x[i] for x in rollout) for i in parts]
+        for epoch in range(self.n_epochs):
+            batches = [rollout]
+            if self.n_minibatches > 1:
+                order = self.draws.uniform(1, size)[0].argsort()
+                batches = [_rows(rollout, part) for part in order.chunk(self.n_minibatches)]
             for batch in batches:
-                loss, approx_kl = self._loss(batch)
+                drawn = self._drawn if epoch == 0 and self._reuses else None
+                approx_kl = self._accumulate(batch, drawn)
                 if self.target_kl is not None:
                     # As a mask on the device: reading the KL here would stop it in every update.
                     stopped = stopped | (approx_kl > 1.5 * self.target_kl)
-                self._guard.step(loss, skip=stopped)
+                self._guard.step(skip=stopped)
                 self.num_updates += 1
+        self._drawn = None
         self.meter.add({"train/stopped_by_kl": stopped})
         self._measure_value(rollout)
 
-    def _loss(self, batch: Rollout) -> tuple[Tensor, Tensor]:
-        """PPO's loss on a batch, and the approximate KL from the policy that drew it."""
+    def _accumulate(self, batch: Rollout, drawn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Add up the gradient of PPO's loss on a batch; returns the approximate KL from the policy that drew it.
+
+        Args:
+            drawn: logits and values of the forward pass that drew, with their graph, where the policy is still that.
+        """
+        total = batch.counts.sum().float()
+        average(total)
+        weight = batch.counts / total.clamp_min(1)
+        parts = len(batch.value) // (self.micro_batch_size or len(batch.value))
+        mean: list[Tensor] = []
+        for i, rows in enumerate(torch.arange(len(batch.value), device=self.device).chunk(parts)):
+            part, part_weight = (batch, weight) if parts == 1 else (_rows(batch, rows), parts * weight[rows])
+            logits, values = drawn or self._forward(part.observation)
+            statistics = self._objective(logits, values, part, part_weight)
+            self._guard.accumulate(statistics.loss, 1 / parts)
+            mean = [x.detach() / parts + (mean[j] if i else 0) for j, x in enumerate(statistics)]
+        found = Statistics(*mean)
+        average(found.approx_kl)
+        named = {f"train/{name}": x for name, x in found._asdict().items()}
+        named["mask/plackett_luce_entropy"] = named.pop("train/entropy")
+        named["mask/effective_tokens"] = named.pop("train/effective_tokens")
+        self.meter.add(named)
+        return found.approx_kl
+
+    def _clipped_objective(self, logits: Tensor, values: Tensor, batch: Rollout, weight: Tensor) -> Statistics:
+        """PPO's loss, with a graph, and what is worth knowing of it.
+
+        Args:
+            logits, values: [M, N] and [M], of the present policy.
+            weight: [M, X], of each advantage.
+        """
         k = batch.picks.shape[1]
-        logits, values = self.policy(batch.observation)
         new, old = (PlackettLuce(x, k, self.explore, batch.available) for x in (logits, batch.logits))
         ratio_log = log_ratio(self.credit, new, old, batch.picks)
-        weight = batch.counts.float() / batch.counts.sum().clamp_min(1)
 
         # Policy gradient loss
         policy_loss = -(clipped_surrogate(ratio_log, batch.advantage, self.clip_range) * weight).sum()
@@ -317,24 +395,13 @@ class PPO:
             # A hinge on the log, steeper than any credit, for clips whose policy has become narrower than allowed
             loss = loss + (torch.log(self.entropy_floor / effective)).clamp_min(0).mean()
 
-        with torch.no_grad():
-            ratio = ratio_log.exp()
-            approx_kl = (
-                ((ratio - 1) - ratio_log) * weight
-            ).sum()  # Schulman's estimator, http://joschu.net/blog/kl-approx.html
-            self.meter.add(
-                {
-                    "train/loss": loss,
-                    "train/policy_gradient_loss": policy_loss,
-                    "train/value_loss": value_loss,
-                    "train/entropy_loss": entropy_loss,
-                    "train/approx_kl": approx_kl,
-                    "train/clip_fraction": (((ratio - 1).abs() > self.clip_range) * weight).sum(),
-                    "mask/plackett_luce_entropy": entropy.mean(),
-                    "mask/effective_tokens": effective.mean(),
-                }
-            )
-        return loss, approx_kl
+        ratio_log = ratio_log.detach()
+        ratio = ratio_log.exp()
+        # Schulman's estimator, http://joschu.net/blog/kl-approx.html
+        approx_kl = (((ratio - 1) - ratio_log) * weight).sum()
+        clip_fraction = (((ratio - 1).abs() > self.clip_range) * weight).sum()
+        figures = policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction, entropy.mean(), effective.mean()
+        return Statistics(loss, *(x.detach() for x in figures))
 
     @torch.no_grad()
     def _measure_value(self, rollout: Rollout) -> None:
@@ -345,7 +412,7 @@ class PPO:
     @torch.no_grad()
     def logits(self, observation: Tensor) -> Tensor:
         """The policy's logits [B, N] for an observation [B, T', S, D] on its device."""
-        return self.policy(observation)[0]
+        return self._evaluate(observation)[0]
 
     @torch.no_grad()
     def predict(self, observation: Any, deterministic: bool = False) -> tuple[Any, None]:
@@ -359,9 +426,9 @@ class PPO:
             Scores in [-1, 1], [N] or [B, N], of the same kind; and None, for there is no hidden state.
         """
         x, single, as_numpy = to_batch(observation, self.device)
-        logits, _ = self.policy(x)
+        logits, _ = self._evaluate(x)
         policy = PlackettLuce(logits, logits.shape[1], self.explore)
-        order = policy.mode() if deterministic else policy.sample(self.generator)
+        order = policy.mode() if deterministic else policy.sample(uniform=self.draws.uniform(*logits.shape))
         return from_batch(picks_to_scores(order, logits.shape[1]), single, as_numpy), None
 
     def save(self, path: str | Path) -> None:
@@ -389,7 +456,10 @@ class PPO:
         return cls(env, policy, **json.loads(metadata["settings"]))
 
 
-SETTINGS = tuple(
-    name for name in inspect.signature(PPO).parameters if name not in ("env", "policy", "policy_kwargs", "seed")
-)
+def _rows(rollout: Rollout, rows: Tensor) -> Rollout:
+    return Rollout._make(None if x is None else x[rows] for x in rollout)
+
+
+_OTHERS = ("env", "policy", "policy_kwargs", "compile", "micro_batch_size", "seed")
+SETTINGS = tuple(name for name in inspect.signature(PPO).parameters if name not in _OTHERS)
 """Names of PPO's own settings, for configurations and checkpoints."""

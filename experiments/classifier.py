@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from agents.base import Agent
 from tats_env.mae import MAELearner, VideoMAE
 from tats_env.mae.model import gather_tokens
+from tats_env.precision import autocast
 from tats_env.task import top_tokens
 
 HEAD_SCALE = 1e-3
@@ -64,11 +65,6 @@ class VideoClassifier(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.fc_norm(x.mean(1)))
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA, as the MAE is trained; elsewhere float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def tokens_kept(num_tokens: int, keep_ratio: float) -> int:

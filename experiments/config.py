@@ -91,7 +91,7 @@ def override_config(config: RunConfig, overrides: Sequence[str], prog: str | Non
         config = config.model_copy(update={"agent": agent})
     flags = {f"--{path}".replace("_", "-") for path, value in items(to_values(config)) if isinstance(value, bool)}
     args: list[str] = []
-    for arg in rest:  # tyro knows --mae.compile and --mae.no-compile only
+    for arg in rest:  # tyro knows --compile and --no-compile only
         option = args[-1].replace("_", "-") if args else ""
         if arg.lower() in ("true", "false") and option in flags:
             if arg.lower() == "false":

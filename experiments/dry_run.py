@@ -69,11 +69,11 @@ def miniature(config: RunConfig, folder: Path) -> RunConfig:
     rollout = 1 if isinstance(config.agent, OtherAgentConfig) else config.agent.n_steps * config.agent.n_minibatches
     changes: dict[str, Any] = {
         "data": data, "num_videos": count, "batch_size": 2 * repeats * rollout, "steps": 2 * rollout,
-        "out": str(folder), "log_interval": 1, "device": "cpu", "rounds": rounds, "mask_ratio": 1 - visible / tokens,
+        "out": str(folder), "log_interval": 1, "device": "cpu", "compile": False,
+        "micro_batch_size": None, "rounds": rounds, "mask_ratio": 1 - visible / tokens,
         "clip": {"size": SIZE, "patch_size": PATCH_SIZE},
         "loader": {"workers": 0, "cache": None},
-        "mae": {"size": "tiny", "init": None, "base_learning_rate": None, "learning_rate": None, "warmup_steps": 1,
-                "compile": False},
+        "mae": {"size": "tiny", "init": None, "base_learning_rate": None, "learning_rate": None, "warmup_steps": 1},
         "probe": {"epochs": 1, "restarts": 1},
         "finetune": {"epochs": 1, "warmup_epochs": 0, "batch_size": 2 * epochs, "repeats": epochs},
         "evaluate": {"num_videos": count, "clips": 8, "baseline": False, "data": []},

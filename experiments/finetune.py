@@ -33,7 +33,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from agents.base import Agent
-from experiments.classifier import PolicySampler, VideoClassifier, autocast, choose_tokens, tokens_kept
+from experiments.classifier import PolicySampler, VideoClassifier, choose_tokens, tokens_kept
 from experiments.features import labelled
 from experiments.multi_view import class_scores, plot_tokens_kept
 from experiments.progress import RunProgress
@@ -47,6 +47,7 @@ from tats_env.keyed import keyed_bits, keyed_order
 from tats_env.mae import MAELearner
 from tats_env.mae.checkpoint import read_checkpoint
 from tats_env.mae.learner import IMAGENET_MEAN, IMAGENET_STD
+from tats_env.precision import autocast
 
 FORMAT = "tats-env classifier 1"
 CHECKPOINT = "finetune.safetensors"
@@ -225,10 +226,10 @@ class _Training:
                 patches, targets, visible = self._batch(order, step)
                 with autocast(self.device):
                     logits = self.model(patches, visible)
-                loss = self.criterion(logits.float(), targets)
-                broken = self.guard.step(loss)
+                self.guard.accumulate(self.criterion(logits.float(), targets))
+                loss, broken = self.guard.step()
                 with torch.no_grad():
-                    loss_sum += torch.where(broken, 0.0, loss.detach())
+                    loss_sum += torch.where(broken, 0.0, loss)
                     count += ~broken
                 progress.on_step(None)
         _, skipped = self.guard.report("classifier", "try a lower finetune.learning_rate, or finetune.max_grad_norm: 1")

@@ -8,12 +8,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from experiments.classifier import PolicySampler, VideoClassifier, autocast, choose_tokens, tokens_kept
+from experiments.classifier import PolicySampler, VideoClassifier, choose_tokens, tokens_kept
 from experiments.progress import RunProgress
 from experiments.schema import FinetuneConfig
 from tats_env.data import VideoSet
 from tats_env.keyed import keyed_bits, keyed_order
 from tats_env.mae import MAELearner
+from tats_env.precision import autocast
 
 
 @torch.no_grad()

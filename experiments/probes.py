@@ -21,6 +21,7 @@ from experiments.scores import Scores
 from tats_env.data import VideoSet
 from tats_env.keyed import keyed_bits, keyed_order
 from tats_env.mae import MAELearner
+from tats_env.precision import autocast
 
 LINEAR_WEIGHT_DECAY = 1e-3
 LINEAR_ITERATIONS = 200
@@ -129,7 +130,6 @@ def attentive(
         warmup_prefix=True,
         t_in_epochs=False,
     )
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     epochs = range(config.epochs)
     step = 0
     for epoch in track(epochs, "attentive probe") if progress else epochs:
@@ -138,7 +138,7 @@ def attentive(
         losses = torch.zeros(len(probes), device=device)
         for batch, tokens in zip(batches, train.tokens(batches), strict=True):
             labels = train.labels[torch.from_numpy(batch).to(device, non_blocking=True)]
-            with autocast:
+            with autocast(device):
                 logits = torch.stack([probe(tokens.float()) for probe in probes])
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.repeat(len(probes)), reduction="none")
             loss = loss.view(len(probes), -1)
@@ -150,7 +150,7 @@ def attentive(
             losses += loss.detach().sum(1)
     best = probes[int(losses.nan_to_num(math.inf).argmin())].eval()
     batches = in_batches(np.arange(len(test)), config.batch_size)
-    with torch.inference_mode(), autocast:
+    with torch.inference_mode(), autocast(device):
         return torch.cat([best(tokens.float()).float() for tokens in test.tokens(batches)])
 
 

@@ -15,13 +15,14 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
-from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import CSVOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
 
 from agents import AGENTS
 from agents.base import resolve_agent
 from agents.hooks import LogHook, MAEUpdateHook
 from agents.ppo import PPO, SETTINGS
 from experiments.config import dump_config
+from experiments.distributed import first_then_others, join, led_by_first, part
 from experiments.downstream import downstream, top1_figures
 from experiments.evaluation import evaluate_sampler
 from experiments.metrics import heading, in_digits, shown
@@ -33,6 +34,7 @@ from tats_env.data import VideoSet, list_videos, write_bad_videos
 from tats_env.grid import TokenGrid
 from tats_env.mae import MAELearner, load_learner, save_learner
 from tats_env.mae.learner import resolve_device
+from tats_env.processes import num_processes, process_index
 from tats_env.rendering import animation, decision_rows, strip
 from tats_env.rewards import resolve_reward
 from tats_env.sequential import TATSMaskingSequentialVectorEnv
@@ -50,29 +52,37 @@ LOCK = ".lock"
 
 
 class Run:
-    """One run and its folder.
+    """One run and its folder; of several processes, this one's part in it.
 
     Args:
         config: what to do.
         console: where to tell of it.
+        device: of this process; None is the configuration's.
+        folder: the one that process 0 made; None makes it.
     """
 
-    def __init__(self, config: RunConfig, console: Console) -> None:
-        self.config, self.console = config, console
+    def __init__(
+        self, config: RunConfig, console: Console, device: str | None = None, folder: Path | None = None
+    ) -> None:
+        self.config, self.console = config.model_copy(update={"device": device or config.device}), console
+        self.leads = folder is None
         self.start = time.perf_counter()
         self.results: Results = {}
         # What can be refused is refused before there is a folder.
         for key, resolve in (("reward", resolve_reward), ("device", resolve_device)):
             try:
-                resolve(getattr(config, key))
+                resolve(getattr(self.config, key))
             except ValueError as error:
                 raise ConfigError(f"{key}: {error}") from error
         sections: list[AgentConfig | OtherAgentConfig] = [config.agent]
         if config.evaluate.baseline and config.agent.class_ != "random":
             sections.append(OtherAgentConfig(**{"class": "random"}))
-        self.makers = {section.class_: agent_maker(section) for section in sections}
+        self.makers = {section.class_: agent_maker(section, config) for section in sections}
         self.videos = Videos(config)
         self.train_set = self.videos(config.data, "train", None, config.clip.augment, config.clip.flip)
+        if folder is not None:
+            self.folder, self._first = folder, self._make(config.agent.class_)
+            return
         self.test_set = self.videos(config.data, "validation")
         for data in config.evaluate.data if config.evaluate.tasks else ():
             for split, count in (("train", config.num_videos), ("validation", config.evaluate.num_videos)):
@@ -84,59 +94,69 @@ class Run:
         (self.folder / "config.yaml").write_text(dump_config(config))
         write_bad_videos(self.folder, *self.videos.opened())
 
-    def _env(self, videos: VideoSet, mae: MAELearner, num_envs: int, observation: str) -> TATSMaskingVectorEnv:
-        repeats = self.config.loader.repeats if videos is self.train_set else 1
-        return masking_env(self.config, videos, mae, num_envs, observation, repeats)
-
     def _make(self, name: str) -> tuple[MAELearner, Any]:
-        """An MAE, and the agent of that name in an environment around it."""
+        """An MAE, and the agent of that name in an environment around it, of this process's share of the clips."""
         make, settings = self.makers[name]
         mae = new_learner(self.config)
+        share, observation = self.config.batch_size // num_processes(), getattr(make, "observation", "tokens")
         try:
-            env = self._env(self.train_set, mae, self.config.batch_size, getattr(make, "observation", "tokens"))
+            env = masking_env(
+                self.config, self.train_set, mae, share, observation, self.config.loader.repeats,
+                first_env=process_index() * share,
+            )  # fmt: skip
             return mae, make(env, seed=self.config.seed, **settings)
         except (TypeError, ValueError) as error:
             if name not in AGENTS or isinstance(error, ValueError):
                 raise ConfigError(f"agent ({name}): {error}") from error
             raise
 
+    def _files(self, name: str) -> tuple[Path, Path, Path]:
+        """Of the sampler of that name: its folder, and there the MAE and the policy."""
+        folder = self.folder if name == self.config.agent.class_ else self.folder / name
+        return folder, folder / "mae.safetensors", folder / f"policy{getattr(self.makers[name][0], 'suffix', '')}"
+
     def train(self, name: str, progress: RunProgress) -> None:
-        """Train the agent of that name with an MAE of its own, and evaluate both."""
-        config, main = self.config, name == self.config.agent.class_
-        folder = self.folder if main else self.folder / name
-        folder.mkdir(exist_ok=True)
-        mae, agent = self._first if main else self._make(name)
-        logger = Logger(
-            str(folder),
-            [CSVOutputFormat(str(folder / "metrics.csv")), TensorBoardOutputFormat(str(folder)), progress],
-        )
+        """Train the agent of that name with an MAE of its own."""
+        config = self.config
+        folder, mae_file, policy_file = self._files(name)
+        outputs: list[KVWriter] = []
+        if self.leads:
+            folder.mkdir(exist_ok=True)
+            outputs = [CSVOutputFormat(str(folder / "metrics.csv")), TensorBoardOutputFormat(str(folder)), progress]
+        first, self._first = self._first, None
+        mae, agent = first or self._make(name)
         progress.start(name)
         # The display counts first: should the MAE's update or a log line raise, it tells the step that did. The MAE
         # learns from complete masks only.
         updates = [] if config.mae.frozen else [MAEUpdateHook(config.mae.update_every * config.rounds)]
-        hooks = [progress, *updates, LogHook(logger, config.log_interval * config.rounds)]
+        hooks = [progress, *updates, LogHook(Logger(str(folder), outputs), config.log_interval * config.rounds)]
         start = time.perf_counter()
-        path = folder / f"policy{getattr(agent, 'suffix', '')}"
         try:
-            agent.learn(config.steps * config.rounds * config.batch_size, hooks)
+            agent.learn(config.steps * config.rounds * agent.env.num_envs, hooks)
         finally:
             seconds = (time.perf_counter() - start) / config.steps
-            save_learner(mae, folder / "mae.safetensors")
-            agent.save(path)
-            for output in logger.output_formats[:2]:
+            if self.leads:
+                save_learner(mae, mae_file)
+                agent.save(policy_file)
+            for output in outputs[:2]:
                 output.close()
-        clips = min(64, config.evaluate.clips)
-        observation = getattr(agent, "observation", "tokens")
-        test_env = self._env(self.test_set, mae, clips, observation)
-        judged = type(agent).load(path, test_env)  # what is judged is what was saved
-        self.results[name] = {
-            **evaluate_sampler(judged, test_env, config.evaluate.clips, EVALUATION_SEED),
-            "seconds_per_step": seconds,
-            "mae_updates": mae.num_updates,
-        }
+        self.results[name] = {"seconds_per_step": seconds, "mae_updates": mae.num_updates}
+
+    def evaluate(self, name: str) -> None:
+        """Measure what the agent of that name and its MAE are worth, as they were saved."""
+        config, make = self.config, self.makers[name][0]
+        folder, mae_file, policy_file = self._files(name)
+        mae = load_mae(mae_file, config, name, device=config.device, compile=config.compile)
+
+        def on_test_set(num_envs: int) -> tuple[Any, TATSMaskingVectorEnv]:
+            env = masking_env(config, self.test_set, mae, num_envs, getattr(make, "observation", "tokens"))
+            return make.load(policy_file, env), env
+
+        judged, env = on_test_set(min(64, config.evaluate.clips))
+        figures = evaluate_sampler(judged, env, config.evaluate.clips, EVALUATION_SEED)
+        self.results[name] = figures | self.results[name]
         if config.evaluate.pictures:
-            env = self._env(self.test_set, mae, EXAMPLES, observation)
-            draw(type(agent).load(path, env), env, folder)
+            draw(*on_test_set(EXAMPLES), folder)
         if config.evaluate.tasks:
             self.write_summary(interrupted=True)  # what there is, should a task fail
             found = downstream(config, config.evaluate.tasks, mae, judged, self.videos, folder, self.console)
@@ -172,7 +192,13 @@ class Run:
 
 
 def masking_env(
-    config: RunConfig, videos: VideoSet, mae: MAELearner, num_envs: int, observation: str, repeats: int = 1
+    config: RunConfig,
+    videos: VideoSet,
+    mae: MAELearner,
+    num_envs: int,
+    observation: str,
+    repeats: int = 1,
+    first_env: int = 0,
 ) -> TATSMaskingVectorEnv:
     """The environment that a configuration describes, on the device."""
     clip = config.clip
@@ -188,6 +214,7 @@ def masking_env(
         "observation": observation,
         "repeats": repeats,
         "foreground": videos.has_foreground,
+        "first_env": first_env,
     }
     if config.rounds > 1:
         return TATSMaskingSequentialVectorEnv(num_envs, output="torch", rounds=config.rounds, **options)
@@ -210,7 +237,10 @@ def new_learner(config: RunConfig) -> MAELearner:
         "total_steps": config.steps // mae.update_every,
         "device": config.device,
         "seed": config.seed,
-        "compile": mae.compile,
+        "compile": config.compile,
+        "micro_batch_size": config.micro_batch_size,
+        "decode_ratio": mae.decode_ratio,
+        "checkpointing": mae.checkpointing,
     }
     if mae.init is None:
         return MAELearner(token_grid(config), mae.size, **options).train(not mae.frozen)
@@ -242,15 +272,16 @@ def token_grid(config: RunConfig) -> TokenGrid:
     return TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
 
 
-def agent_maker(section: AgentConfig | OtherAgentConfig) -> tuple[Any, dict[str, Any]]:
-    """The agent's class, and the settings that its constructor takes besides the environment and the seed.
+def agent_maker(section: AgentConfig | OtherAgentConfig, config: RunConfig) -> tuple[Any, dict[str, Any]]:
+    """The class of an agent of a run, and the settings that its constructor takes besides environment and seed.
 
     Raises:
         ConfigError: if there is no such class, or it takes no such setting.
     """
     if isinstance(section, AgentConfig):
         policy = {name: getattr(section, name) for name in ("width", "num_heads", "depth", "logit_cap")}
-        return PPO, {"policy_kwargs": policy, **{name: getattr(section, name) for name in SETTINGS}}
+        settings = {"policy_kwargs": policy, **{name: getattr(section, name) for name in SETTINGS}}
+        return PPO, settings | {"compile": config.compile, "micro_batch_size": config.micro_batch_size}
     try:
         found = resolve_agent(section.class_)
     except ValueError as error:
@@ -298,21 +329,34 @@ def new_folder(out: Path, name: str) -> Path:
 
 
 def run(config: RunConfig) -> int:
-    """Carry out a run; returns the exit code, 130 after Ctrl-C, which leaves what there is in the run's folder."""
-    console = Console()
-    this = Run(config, console)
-    console.print(f"Run folder: {this.folder}", soft_wrap=True)
-    progress = RunProgress(console, config.steps * config.rounds * len(this.makers))
-    try:
-        for name in this.makers:
-            this.train(name, progress)
-    except KeyboardInterrupt:
-        progress.close()
-        this.write_summary(interrupted=True)
-        console.print(f"Interrupted; checkpoints and metrics so far are in {this.folder}", soft_wrap=True)
-        return 130
-    finally:
-        progress.close()
+    """Carry out a run; returns the exit code, 130 after Ctrl-C, which leaves what there is in the run's folder.
+
+    Each of the processes that torchrun started is to call this. All samplers are trained first; then process 0 goes on
+    alone, so that nobody waits for it through hours of evaluation.
+    """
+    device = join(config)
+    console = Console(quiet=process_index() > 0)
+    with led_by_first():
+        this = first_then_others(lambda folder: Run(config, console, device, folder), lambda made: made.folder)
+        console.print(f"Run folder: {this.folder}", soft_wrap=True)
+        progress = RunProgress(console, config.steps * config.rounds * len(this.makers))
+        try:
+            for name in this.makers:
+                this.train(name, progress)
+            bad = part(this.train_set.bad_videos)
+            if not this.leads:
+                return 0
+            this.train_set.bad_videos = list(dict(found for theirs in bad for found in theirs).items())
+            progress.close()
+            for name in this.makers:
+                this.evaluate(name)
+        except KeyboardInterrupt:
+            progress.close()
+            this.write_summary(interrupted=True)
+            console.print(f"Interrupted; checkpoints and metrics so far are in {this.folder}", soft_wrap=True)
+            return 130
+        finally:
+            progress.close()
     this.write_summary()
     console.print(this.table())
     written = sorted(

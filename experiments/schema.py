@@ -85,8 +85,10 @@ class MAEConfig(Section):
     """Updates over which the learning rate rises to its peak."""
     update_every: PositiveInt = 1
     """Environment steps from one update of the MAE to the next; those between are skipped, not accumulated."""
-    compile: bool = False
-    """Run the network through torch.compile."""
+    decode_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the hidden tokens, drawn at random, that the decoder is asked for in training."""
+    checkpointing: bool = False
+    """Compute the blocks' activations anew in the backward pass rather than keep them: less memory, more time."""
 
     @field_validator("base_learning_rate")
     @classmethod
@@ -309,7 +311,11 @@ class RunConfig(Section):
     mask_ratio: float = 0.9
     """Share of tokens that is hidden, between 0 and 1."""
     batch_size: PositiveInt = 32
-    """Clips in a step, one an environment."""
+    """Clips in a step, one an environment, over all processes."""
+    micro_batch_size: PositiveInt | None = None
+    """Clips in one forward and backward pass; gradients add up over the batch. None is all of a process's clips."""
+    compile: bool = False
+    """Run MAE and sampler through torch.compile."""
     steps: PositiveInt = 600
     """Batches of clips to train for: steps of the environment times rounds."""
     reward: str = "reconstruction_error"
@@ -364,6 +370,11 @@ class RunConfig(Section):
             )
         if self.rounds > 1 and self.horizon > 1:
             raise ValueError(f"horizon: {self.horizon} is given beside rounds = {self.rounds}; set one of them to 1")
+        if self.rounds > 1 and self.mae.decode_ratio < 1:
+            raise ValueError(
+                f"mae.decode_ratio: {self.mae.decode_ratio} is given beside rounds = {self.rounds}, whose reward is the "
+                "fall of the error of all hidden tokens; give 1.0"
+            )
         if self.rounds > 1 and self.finetune.sampler == "policy":
             raise ValueError(
                 "finetune.sampler: a policy that acts in rounds sees more than a clip's tokens and can't choose those "
@@ -372,6 +383,7 @@ class RunConfig(Section):
         checks: list[tuple[str, int, int, str]] = [
             ("rounds", k, self.rounds, "the number of visible tokens K"),
             ("loader.repeats", self.batch_size, self.loader.repeats, "batch_size"),
+            ("micro_batch_size", self.batch_size, self.micro_batch_size or 1, "batch_size"),
             ("finetune.repeats", self.finetune.batch_size, self.finetune.repeats, "finetune.batch_size"),
         ]
         if isinstance(self.agent, AgentConfig):
@@ -385,6 +397,8 @@ class RunConfig(Section):
                 ("agent.n_steps", self.steps * self.rounds, n_steps, "steps * rounds"),
                 ("agent.n_minibatches", n_steps * self.batch_size, self.agent.n_minibatches, rollout),
             ]
+            update = n_steps * self.batch_size // self.agent.n_minibatches
+            checks.append(("micro_batch_size", update, self.micro_batch_size or 1, f"{rollout} / agent.n_minibatches"))
         for key, whole, part, what in checks:
             try:
                 check_divides(whole, part, what)

@@ -68,7 +68,7 @@ def evaluate_trained(verb: str, args: Sequence[str]) -> int:
 
 def _agent(config: RunConfig, folder: Path, mae: MAELearner, videos: Videos) -> Any:
     """The sampler that the run trained, on the MAE's device."""
-    make, _ = agent_maker(config.agent)
+    make, _ = agent_maker(config.agent, config)
     path = folder / f"policy{getattr(make, 'suffix', '')}"
     if not path.exists():
         raise ConfigError(f"finetune.sampler: policy needs a run's folder with its sampler; {path} is not there")

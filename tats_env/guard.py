@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tats_env.processes import average
+
 MAX_SKIPPED_IN_A_ROW = 20
+
+
+def fused_adamw(parameters: Any, device: torch.device, **settings: Any) -> torch.optim.AdamW:
+    """AdamW as one kernel; on ``meta``, where there is none, as many."""
+    return torch.optim.AdamW(parameters, fused=device.type != "meta", **settings)
 
 
 class GuardedOptimizer:
     """Backward, gradient norm, optional clipping and a fused step that is left out where anything is not finite.
 
+    Where several processes take part, gradients and loss are their means, so that all of them take the same step.
     Nothing here waits for the device until ``report``.
 
     Args:
-        optimizer: a fused torch optimiser (``fused=True``).
+        optimizer: a fused torch optimiser.
         parameters: what it trains.
         max_grad_norm: clip the gradient's norm at this; None leaves it.
     """
@@ -27,29 +36,46 @@ class GuardedOptimizer:
         self.optimizer, self.parameters, self.max_grad_norm = optimizer, list(parameters), max_grad_norm
         device = self.parameters[0].device
         self.skipped_in_a_row, self.skipped, self.grad_norm = torch.zeros(3, device=device).unbind()
+        self.loss = torch.zeros((), device=device)
 
-    def step(self, loss: Tensor, skip: Tensor | None = None) -> Tensor:
-        """One step on ``loss`` (scalar); returns a bool scalar, True where the loss or gradient was not finite.
+    def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:
+        """Add the gradient of ``weight * loss`` (scalar, whose graph is freed) to that of the step to come."""
+        loss = weight * loss
+        loss.backward()
+        self.loss = self.loss + loss.detach()
+
+    def discard(self) -> None:
+        """Forget what was accumulated."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = torch.zeros_like(self.loss)
+
+    @torch.no_grad()
+    def step(self, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step on what was accumulated.
 
         Args:
-            loss: scalar with a graph, which is freed.
-            skip: bool scalar; True leaves the step out as well (a stop by KL, say) without counting it as broken.
+            skip: bool scalar; True leaves the step out (a stop by KL, say) without counting it as broken.
+
+        Returns:
+            the loss, and a bool scalar, True where it or its gradient was not finite.
         """
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        with torch.no_grad():
-            broken = ~torch.isfinite(norm + loss)
-            if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        loss = self.loss
+        average(loss, *gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        broken = ~torch.isfinite(norm + loss)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        if self.optimizer.defaults["fused"]:
             # The fused kernels leave weights and moments alone where found_inf is 1: no round trip to the host.
             found = broken if skip is None else broken | skip
             self.optimizer.found_inf = found.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.skipped += broken
-            self.skipped_in_a_row.add_(1).mul_(broken)
-            self.grad_norm.copy_(norm)
-        return broken
+        self.optimizer.step()
+        self.skipped += broken
+        self.skipped_in_a_row.add_(1).mul_(broken)
+        self.grad_norm.copy_(norm)
+        self.discard()
+        return loss, broken
 
     def report(self, what: str, remedy: str) -> tuple[float, float]:
         """(gradient norm of the last step, steps skipped so far); waits for the device.

@@ -32,20 +32,29 @@ class Decision:
     foreground: Tensor | None = None
 
     def __init__(
-        self, mae: MAELearner, clips: Tensor, visible: Tensor, reconstruction: Reconstruction, uniform: Tensor
+        self,
+        mae: MAELearner,
+        clips: Tensor,
+        visible: Tensor,
+        reconstruction: Reconstruction,
+        uniform: Callable[[], Tensor],
     ) -> None:
         self.clips, self.visible, self.reconstruction = clips, visible, reconstruction
         self._mae, self._uniform = mae, uniform
 
     @cached_property
+    def _uniform_picks(self) -> Tensor:
+        return self._uniform()
+
+    @cached_property
     def uniform_visible(self) -> Tensor:
         """bool [B, N]: what ``uniform_reconstruction`` kept visible."""
-        return visible_mask(self._uniform, self.visible.shape[1])
+        return visible_mask(self._uniform_picks, self.visible.shape[1])
 
     @cached_property
     def uniform_reconstruction(self) -> Reconstruction:
         """Errors of the same MAE under a uniform random mask with the same budget: one extra pass, made once."""
-        return self._mae.errors(self.clips, self._uniform)
+        return self._mae.errors(self.clips, self._uniform_picks)
 
 
 Reward = Callable[[Decision], Tensor]

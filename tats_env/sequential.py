@@ -26,7 +26,8 @@ class SequentialTask(MaskingTask):
     With the same seeds it draws the clips of ``MaskingTask`` with ``horizon=1``.
 
     Raises:
-        ValueError: if ``rounds`` does not divide K, or an argument of the one-shot task alone is given.
+        ValueError: if ``rounds`` does not divide K, the MAE decodes a share of the tokens, or an argument of the
+            one-shot task alone is given.
     """
 
     observes_actions: ClassVar[bool] = True
@@ -39,6 +40,11 @@ class SequentialTask(MaskingTask):
             if name in options:
                 raise ValueError(f"{name} is no argument of the sequential task: {instead}")
         super().__init__(num_envs, **options)
+        if self.mae.decode_ratio < 1:
+            raise ValueError(
+                f"the mae has decode_ratio={self.mae.decode_ratio}: the reward in rounds is the fall of the error of "
+                "all hidden tokens, so give one that decodes them all"
+            )
         k = self.num_visible
         if rounds < 1 or k % rounds:
             fitting = ", ".join(str(d) for d in range(1, k + 1) if k % d == 0)
@@ -52,7 +58,7 @@ class SequentialTask(MaskingTask):
     def begin_episode(self) -> None:
         """Draw every environment's next clip, of which nothing is visible yet."""
         super().begin_episode()
-        self._reveal(self.shown[:, :0], self.mae.errors(self.clips, self.shown[:, :0]))
+        self._reveal(self.shown[:, :0], self.mae.errors(self.clips, self.shown[:, :0], keep_prediction=True))
 
     def advance(self) -> None:
         """Go on to the next round on the same clip."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
@@ -22,7 +22,7 @@ from tats_env.mae.learner import resolve_device
 from tats_env.rewards import Decision, Reward, resolve_reward
 
 OBSERVATIONS = ("tokens", "pixels", "foreground")
-_CLIP, _TIES, _UNIFORM, _CROP = 1, 2, 3, 4  # what a random number is for
+_CLIP, _TIES, _UNIFORM, _CROP, _DECODE = 1, 2, 3, 4, 5  # what a random number is for
 
 
 class TaskOptions(TypedDict, total=False):
@@ -234,11 +234,10 @@ class MaskingTask:
 
     def _show(self, visible: Tensor) -> Tensor:
         """Reconstruct the present clips from the visible tokens, indices [B, .], ascending; returns the reward [B]."""
-        reconstruction = self.mae.reconstruct(self.clips, visible)
-        if not self.observes_actions:
-            reconstruction = reconstruction._replace(prediction=torch.empty(0))  # nobody looks: let go of its memory
+        hidden = self._decoded(visible) if self.mae.training and self.mae.decode_ratio < 1 else None
+        reconstruction = self.mae.reconstruct(self.clips, visible, hidden, self.observes_actions)
         shown = visible_mask(visible, self.grid.num_tokens)
-        self.decision = Decision(self.mae, self.clips, shown, reconstruction, self._uniform_visible())
+        self.decision = Decision(self.mae, self.clips, shown, reconstruction, self._uniform())
         if self.with_foreground:
             self.decision.foreground = self.foreground()
         if self.always_probe:
@@ -247,15 +246,29 @@ class MaskingTask:
             self.decision.rewards = self.reward(self.decision).float()
         return self.decision.rewards
 
-    def _uniform_visible(self) -> Tensor:
-        """A uniform random mask of the same budget for each of the present clips: indices [B, K], ascending."""
-        # Keyed by the clip: the same for each decision about it
-        order = self._order(_UNIFORM, self.position % self.num_clips)
-        return order[:, : self.num_visible].sort(dim=1).values
+    def _decoded(self, visible: Tensor) -> Tensor:
+        """The share of the hidden tokens that the decoder is asked for, drawn at random: indices [B, M], ascending."""
+        order = self._order(_DECODE, self.position)
+        shown = visible_mask(visible, self.grid.num_tokens).gather(1, order)
+        count = max(1, round(self.mae.decode_ratio * (self.grid.num_tokens - visible.shape[1])))
+        # The hidden ones first, in their random order
+        first = shown.byte().sort(dim=1, stable=True).indices[:, :count]
+        return order.gather(1, first).sort(dim=1).values
+
+    def _uniform(self) -> Callable[[], Tensor]:
+        """What makes a uniform random mask of the same budget for each of the present clips: [B, K], ascending."""
+        # Keyed by the clip: the same for each decision about it, and whenever it is asked for
+        key = self._key(self.episode, self.position % self.num_clips, _UNIFORM)
+
+        def visible() -> Tensor:
+            order = keyed_order(key.to(self.device, non_blocking=True), self.grid.num_tokens)
+            return order[:, : self.num_visible].sort(dim=1).values
+
+        return visible
 
     def random_mask_error(self) -> Tensor:
         """The yardstick: the MAE's mean error on the present clips under uniform random masks, a scalar."""
-        return self.mae.errors(self.clips, self._uniform_visible()).reconstruction_error.mean()
+        return self.mae.errors(self.clips, self._uniform()()).reconstruction_error.mean()
 
     def token_info(self) -> dict[str, Tensor]:
         """What came of the last decision, by token and by clip."""

@@ -43,6 +43,8 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
 
     Args:
         num_envs: B.
+        first_env: the place of environment 0 in a larger batch, of which this is a share: `reset(seed=s)` gives
+            environment i the seed `s + first_env + i`.
         output: `numpy` or `torch`.
         render_mode: None or `rgb_array`.
         **options: as of `TATSMaskingEnv`.
@@ -60,6 +62,7 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         self,
         num_envs: int = 1,
         *,
+        first_env: int = 0,
         output: str = "numpy",
         render_mode: str | None = None,
         **options: Unpack[EnvOptions],
@@ -69,6 +72,7 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}: give at least 1")
         self.num_envs, self.output, self.render_mode = num_envs, output, render_mode
+        self.first_env = first_env
         self.task = self.task_class(num_envs, **options)
         self.single_observation_space: gym.Space[Any] = self.task.observation_space
         self.single_action_space: gym.Space[Any] = self.task.action_space
@@ -91,7 +95,7 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one to each")
         super().reset(seed=None if seeds[0] is None else int(seeds[0]))
         if isinstance(seed, (int, np.integer)):
-            seeds = [int(seed) + i for i in range(self.num_envs)]
+            seeds = [int(seed) + self.first_env + i for i in range(self.num_envs)]
         if seed is not None or not self._seeded:
             self.task.seed([int(self.np_random.integers(1 << 62)) if s is None else int(s) for s in seeds])
             self._seeded = True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from agents.adamae import AdaMAE, AdaMAESampler, sampling_loss
 from agents.hooks import MAEUpdateHook
+from tats_env.mae.learner import Reconstruction
 from tats_env.vector_env import TATSMaskingVectorEnv
 
 
@@ -68,8 +71,8 @@ def test_sampler_comes_to_show_the_tokens_whose_error_is_high() -> None:
     hard[::4] = True
     real = env.mae.reconstruct
 
-    def with_hard_tokens(clips: torch.Tensor, visible: torch.Tensor):  # type: ignore[no-untyped-def]
-        found = real(clips, visible)
+    def with_hard_tokens(*args: Any) -> Reconstruction:
+        found = real(*args)
         return found._replace(token_error=found.token_error * torch.where(hard, 3.0, 1.0))
 
     env.mae.reconstruct = with_hard_tokens  # type: ignore[method-assign]

@@ -120,10 +120,10 @@ def decision_and_picks(batch: int = 5) -> tuple[Decision, Tensor]:
 
     def found(shown: Tensor) -> Reconstruction:
         errors = torch.rand(2, batch, N, generator=generator).masked_fill(shown, 0.0)
-        return Reconstruction(errors[0], errors[1], errors[0].sum(1) / (N - K))
+        return Reconstruction(errors[0], errors[1], errors[0].sum(1) / (N - K), ~shown)
 
     visible, shown = visible_mask(picks, N), visible_mask(uniform, N)
-    decision = Decision(None, torch.empty(0), visible, found(visible), uniform)  # type: ignore[arg-type]
+    decision = Decision(None, torch.empty(0), visible, found(visible), lambda: uniform)  # type: ignore[arg-type]
     decision.uniform_reconstruction = found(shown)  # type: ignore[misc]
     assert (visible & shown).any() and (visible & ~shown).any()
     return decision, picks

@@ -75,8 +75,8 @@ def assert_same_predictions(learner: MAELearner, theirs: Any) -> None:
     clips, visible = random_clips(learner.grid), masks(learner.grid)
     with torch.no_grad():
         expected = theirs(pixel_values(clips), ~visible_mask(visible, learner.grid.num_tokens))
-    found = learner.errors(clips, visible)
-    torch.testing.assert_close(found.prediction.flatten(2), expected.logits, rtol=0, atol=1e-5)
+    found = learner.errors(clips, visible, keep_prediction=True)
+    torch.testing.assert_close(found.prediction, expected.logits, rtol=0, atol=1e-5)
     hidden = found.token_error.gather(1, hidden_tokens(visible, learner.grid.num_tokens))
     torch.testing.assert_close(hidden.mean(), expected.loss, rtol=1e-5, atol=0)
 

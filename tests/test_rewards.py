@@ -70,14 +70,14 @@ def clips_and_kinds() -> tuple[Tensor, Tensor]:
 def decide(mae: MAELearner, clips: Tensor, visible: Tensor) -> Decision:
     """What the environment hands to a reward."""
     shown = visible_mask(visible, N)
-    return Decision(mae, clips, shown, mae.reconstruct(clips, visible), random_picks(len(clips), seed=77))
+    return Decision(mae, clips, shown, mae.reconstruct(clips, visible), lambda: random_picks(len(clips), seed=77))
 
 
 def made_up(error: Tensor, shown: Tensor, visible: Tensor) -> Decision:
     """A decision whose pass under a uniform mask found the given errors of token and, ten times as large, of motion."""
     error = error.masked_fill(shown, 0.0)
-    found = Reconstruction(error, 10 * error, error.sum(1) / (~shown).sum(1))
-    decision = Decision(None, torch.empty(0), visible, found, torch.empty(0))  # type: ignore[arg-type]
+    found = Reconstruction(error, 10 * error, error.sum(1) / (~shown).sum(1), ~shown)
+    decision = Decision(None, torch.empty(0), visible, found, lambda: torch.empty(0))  # type: ignore[arg-type]
     decision.uniform_reconstruction, decision.uniform_visible = found, shown  # type: ignore[misc]
     return decision
 

@@ -136,7 +136,7 @@ def test_before_the_first_round_the_prediction_is_the_same_for_every_clip() -> N
 def test_with_nothing_visible_the_decoder_predicts_from_positions_and_can_be_trained() -> None:
     mae = MAELearner(GRID, device="cpu")
     clips = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 16, 3), np.uint8))
-    found = mae.reconstruct(clips, NOTHING)
+    found = mae.reconstruct(clips, NOTHING, keep_prediction=True)
     every = torch.arange(N).expand(2, -1)
     assert torch.equal(found.prediction, mae.model.decode(torch.zeros(2, 0, WIDTH), NOTHING, every))
     pixels = GRID.patchify(clips).double().div(255).unflatten(2, (-1, 3)).numpy()

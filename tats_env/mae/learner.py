@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,25 +11,28 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
-from tats_env.grid import TokenGrid, hidden_tokens
-from tats_env.guard import GuardedOptimizer
+from tats_env.grid import TokenGrid, hidden_tokens, visible_mask
+from tats_env.guard import GuardedOptimizer, fused_adamw
 from tats_env.mae.model import SIZES, MAESize, VideoMAE, gather_tokens
+from tats_env.precision import autocast
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Reconstruction(NamedTuple):
-    """What one masked forward pass found, detached; errors are 0 where a token was visible."""
+    """What one masked forward pass found, detached; errors are 0 where a token was visible, or not decoded."""
 
     token_error: Tensor
     """[B, N] mean squared error over a hidden token's pixels, normalised by the patch's own mean and deviation."""
     motion_error: Tensor
     """[B, N] error of the change within the tubelet, in squared units of pixels in [0, 1]."""
     reconstruction_error: Tensor
-    """[B] mean of ``token_error`` over the hidden tokens."""
+    """[B] mean of ``token_error`` over the tokens ``scored``."""
+    scored: Tensor
+    """bool [B, N], the hidden tokens that were decoded: all of them, unless some were left out."""
     prediction: Tensor = torch.empty(0)
-    """[B, N - K, P] predicted pixels of the hidden tokens, ascending, normalised as for ``token_error``."""
+    """[B, N - K, P] predicted pixels of the hidden tokens, ascending, normalised as for ``token_error``; if asked."""
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -95,12 +99,19 @@ class MAELearner:
         weight_decay: AdamW's, on matrices only.
         warmup_steps: updates of linear warm-up.
         total_steps: updates until the cosine reaches 1 % of the learning rate; None keeps it constant.
-        device: ``auto`` or torch's name for one.
+        device: ``auto`` or torch's name for one. On ``meta``, where there are no values, what a step takes can be
+            counted.
         seed: of the initial weights, which are the same on every device.
-        compile: run the network through ``torch.compile``.
+        compile: run tokens and masked passes, errors included, through ``torch.compile``: one graph each, without a
+            break, for each shape.
+        micro_batch_size: clips in one forward and backward pass; gradients add up over a ``reconstruct``. None takes
+            all at once.
+        decode_ratio: share of the hidden tokens that an environment has decoded, and learned from, in training; drawn
+            at random (VideoMAE v2's dual masking has a fixed pattern).
+        checkpointing: keep no activations within blocks, and compute them anew in the backward pass.
 
     Raises:
-        ValueError: on an unknown size or two learning rates.
+        ValueError: on an unknown size, two learning rates, or a share that is none.
     """
 
     def __init__(
@@ -117,12 +128,18 @@ class MAELearner:
         device: str | torch.device = "auto",
         seed: int = 0,
         compile: bool = False,
+        micro_batch_size: int | None = None,
+        decode_ratio: float = 1.0,
+        checkpointing: bool = False,
     ) -> None:
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"mae size {size!r} is unknown; give one of {', '.join(SIZES)}, or a checkpoint's path")
         if learning_rate is not None and base_learning_rate is not None:
             raise ValueError("give learning_rate (absolute) or base_learning_rate (for 256 clips), not both")
+        if not 0 < decode_ratio <= 1:
+            raise ValueError(f"decode_ratio={decode_ratio} is not a share: give a value above 0, at most 1")
         self.grid, self.size, self.device = grid, size, resolve_device(device)
+        self.micro_batch_size, self.decode_ratio = micro_batch_size, decode_ratio
         shape = SIZES[size] if isinstance(size, str) else size
         if learning_rate is None and base_learning_rate is None:
             learning_rate = shape.learning_rate
@@ -131,9 +148,11 @@ class MAELearner:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
             self.model = VideoMAE(grid, shape).to(self.device)
-        self.network: Any = torch.compile(self.model) if compile else self.model
+        self.model.checkpointing = checkpointing
+        compiled: Any = partial(torch.compile, fullgraph=True, dynamic=False) if compile else lambda function: function
+        self._pass, self._tokens = compiled(self._masked_pass), compiled(self._embedded)
         groups = param_groups_weight_decay(self.model, weight_decay, no_weight_decay_list=self.model.no_weight_decay())
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+        self.optimizer = fused_adamw(groups, self.device, lr=learning_rate, betas=(0.9, 0.95))
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=max(2, (total_steps or 0) - warmup_steps),
@@ -146,7 +165,8 @@ class MAELearner:
         self.total_steps = total_steps
         self.num_updates = 0
         self.training = True
-        self._loss: Tensor | None = None
+        self._can_update = False
+        self._loss: Tensor | None = None  # with the graph that waits for an update
         self._guard = GuardedOptimizer(self.optimizer, self.model.parameters())
         self._loss_sum, self._loss_count = torch.zeros(2, device=self.device).unbind()
         # Pixel statistics repeated over a patch, for bytes as they come from the decoder.
@@ -166,21 +186,24 @@ class MAELearner:
         """In training mode ``reconstruct`` keeps its graph for ``update``; leaving it drops the graph that waited."""
         self.training = mode
         if not mode:
-            self._loss = None
+            self._forget()
         return self
+
+    def _forget(self) -> None:
+        self._loss, self._can_update = None, False
+        self._guard.discard()
 
     def normalize(self, patches: Tensor) -> Tensor:
         """Byte patches [B, N, P] -> float32, normalised by ImageNet's mean and deviation."""
         return (patches.float() - self._mean) / self._std
 
-    def _autocast(self) -> torch.autocast:
-        # Without the cache, for a caller's own autocast would keep it, and with it weights from before an update.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
-
     @torch.no_grad()
     def tokens(self, clips: Tensor) -> Tensor:
         """What a policy sees: byte clips [B, T, H, W, 3] -> embedding plus position [B, T', S, D], float32."""
-        with self._autocast():
+        return self._tokens(clips)
+
+    def _embedded(self, clips: Tensor) -> Tensor:
+        with autocast(self.device):
             tokens = self.model.tokens(self.normalize(self.grid.patchify(clips)))
         return tokens.float().unflatten(1, (self.grid.num_steps, self.grid.num_positions))
 
@@ -188,60 +211,86 @@ class MAELearner:
     def features(self, clips: Tensor) -> Tensor:
         """The encoder's output with nothing hidden: byte clips [B, T, H, W, 3] -> [B, T', S, D], float32."""
         every = torch.arange(self.grid.num_tokens, device=self.device).expand(len(clips), -1)
-        with self._autocast():
+        with autocast(self.device):
             latents = self.model.encode(self.normalize(self.grid.patchify(clips)), every)
         return latents.float().unflatten(1, (self.grid.num_steps, self.grid.num_positions))
 
-    def _forward(self, clips: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Predictions, targets [B, N - K, tubelet * p * p, 3], variance [B, N - K, 1, 3], hidden [B, N - K]."""
+    def _predict(self, clips: Tensor, visible: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Predictions and targets [B, M, tubelet * p * p, 3], and variance [B, M, 1, 3], of hidden tokens [B, M]."""
         patches = self.grid.patchify(clips)
-        hidden = hidden_tokens(visible, self.grid.num_tokens)
         pixels = gather_tokens(patches, hidden).float().div(255).unflatten(2, (-1, 3))
         target, variance = patch_targets(pixels)
-        with self._autocast():
-            prediction = self.network(self.normalize(gather_tokens(patches, visible)), visible, hidden)
-        return prediction.float().unflatten(2, (-1, 3)), target, variance, hidden
+        with autocast(self.device):
+            prediction = self.model(self.normalize(gather_tokens(patches, visible)), visible, hidden)
+        return prediction.float().unflatten(2, (-1, 3)), target, variance
 
-    def _reconstruct(self, clips: Tensor, visible: Tensor) -> tuple[Tensor, Reconstruction]:
-        prediction, target, variance, hidden = self._forward(clips, visible)
-        hidden_error = (prediction - target).square().mean(dim=(2, 3))
+    def _masked_pass(
+        self, clips: Tensor, visible: Tensor, hidden: Tensor | None, keep_prediction: bool
+    ) -> tuple[Tensor, Reconstruction]:
+        """Loss and errors; of all the pixels in it, only what is asked for leaves the compiled graph."""
+        if hidden is None:
+            hidden = hidden_tokens(visible, self.grid.num_tokens)
+        prediction, target, variance = self._predict(clips, visible, hidden)
+        error = (prediction - target).square().mean(dim=(2, 3))
+        motion = motion_errors(prediction.detach(), target, variance, self.grid.tubelet_size)
 
         def spread(errors: Tensor) -> Tensor:
             return errors.new_zeros(len(visible), self.grid.num_tokens).scatter_(1, hidden, errors)
 
-        with torch.no_grad():
-            motion = motion_errors(prediction, target, variance, self.grid.tubelet_size)
-            result = Reconstruction(
-                spread(hidden_error.detach()), spread(motion), hidden_error.detach().mean(1),
-                prediction.detach().flatten(2),
-            )  # fmt: skip
-        return hidden_error.mean(), result
+        found = error.detach()
+        result = Reconstruction(
+            spread(found), spread(motion), found.mean(1), visible_mask(hidden, self.grid.num_tokens),
+            prediction.detach().flatten(2) if keep_prediction else prediction.new_empty(0),
+        )  # fmt: skip
+        return error.mean(), result
 
-    def reconstruct(self, clips: Tensor, visible: Tensor) -> Reconstruction:
+    def reconstruct(
+        self, clips: Tensor, visible: Tensor, hidden: Tensor | None = None, keep_prediction: bool = False
+    ) -> Reconstruction:
         """Score clips under a mask and, in training mode, keep the graph for ``update`` (the newest one only).
+
+        With a ``micro_batch_size`` below B its gradient is kept instead, since several graphs would not fit.
 
         Args:
             clips: uint8 [B, T, H, W, 3].
             visible: [B, K] token indices, ascending.
+            hidden: [B, M] token indices, ascending, of those to decode; None for all that are not visible.
+            keep_prediction: whether the predicted pixels are wanted.
+
+        Raises:
+            ValueError: if ``micro_batch_size`` does not divide B.
         """
         if not self.training:
-            return self.errors(clips, visible)
+            return self.errors(clips, visible, hidden, keep_prediction)
+        if len(clips) % (size := self.micro_batch_size or len(clips)):
+            raise ValueError(f"micro_batch_size={size} does not divide a batch of {len(clips)} clips")
         with ExitStack() as modes:
-            # Whoever rolls out under no_grad or inference_mode still gets a graph to learn from. Indices made
+            # Whoever rolls out under no_grad or inference_mode still gets a graph to learn from. Tensors made
             # under inference_mode can't be saved for backward, hence the copies.
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(torch.enable_grad())
-            if visible.is_inference():
-                visible = visible.clone()
-            if clips.is_inference():
-                clips = clips.clone()
-            self._loss, result = self._reconstruct(clips, visible)
-        return result
+            clips, visible = (x.clone() if x.is_inference() else x for x in (clips, visible))
+            hidden = hidden.clone() if hidden is not None and hidden.is_inference() else hidden
+            self._forget()
+            self._can_update = True
+            if size == len(clips):
+                self._loss, result = self._pass(clips, visible, hidden, keep_prediction)
+                return result
+            results = []
+            for i in range(0, len(clips), size):
+                rows = slice(i, i + size)
+                part = clips[rows], visible[rows], None if hidden is None else hidden[rows]
+                loss, result = self._pass(*part, keep_prediction)
+                self._guard.accumulate(loss, size / len(clips))
+                results.append(result)
+        return Reconstruction._make(map(torch.cat, zip(*results, strict=True)))
 
     @torch.no_grad()
-    def errors(self, clips: Tensor, visible: Tensor) -> Reconstruction:
+    def errors(
+        self, clips: Tensor, visible: Tensor, hidden: Tensor | None = None, keep_prediction: bool = False
+    ) -> Reconstruction:
         """``reconstruct`` without a graph, leaving the one that waits for ``update`` alone."""
-        return self._reconstruct(clips, visible)[1]
+        return self._pass(clips, visible, hidden, keep_prediction)[1]
 
     @torch.no_grad()
     def predict_pixels(self, clips: Tensor, visible: Tensor) -> Tensor:
@@ -249,7 +298,8 @@ class MAELearner:
 
         A patch's own mean and deviation, which the MAE is not asked for, are taken from the truth.
         """
-        prediction, _, variance, hidden = self._forward(clips, visible)
+        hidden = hidden_tokens(visible, self.grid.num_tokens)
+        prediction, _, variance = self._predict(clips, visible, hidden)
         patches = self.grid.patchify(clips)
         mean = gather_tokens(patches, hidden).float().div(255).unflatten(2, (-1, 3)).mean(2, keepdim=True)
         pixels = (prediction * (variance.sqrt() + 1e-6) + mean).clamp(0, 1).mul(255).round().byte().flatten(2)
@@ -257,26 +307,28 @@ class MAELearner:
         return self.grid.unpatchify(patches.scatter(1, index, pixels))
 
     def update(self) -> None:
-        """One optimiser step on the graph of the newest ``reconstruct``, which is used up.
+        """One optimiser step on the newest ``reconstruct``, which is used up; the same one on all processes.
 
         A loss or gradient that is not finite skips the step and is counted, without waiting for the device.
 
         Raises:
             RuntimeError: if no ``reconstruct`` in training mode came since the last update.
         """
-        if self._loss is None:
+        if not self._can_update:
             raise RuntimeError(
                 "update() has no forward pass to learn from: each needs a reconstruct() (an environment step) of its "
                 "own before it, in training mode (train(True))"
             )
-        loss, self._loss = self._loss, None
         with torch.inference_mode(False), torch.enable_grad():
-            broken = self._guard.step(loss)
+            if self._loss is not None:
+                self._guard.accumulate(self._loss)
+            loss, broken = self._guard.step()
+        self._loss, self._can_update = None, False
         self.num_updates += 1
         if self.total_steps is not None or self.num_updates <= self.schedule.warmup_t:
             self.schedule.step_update(self.num_updates)
         with torch.no_grad():
-            self._loss_sum += torch.where(broken, 0.0, loss.detach())
+            self._loss_sum += torch.where(broken, 0.0, loss)
             self._loss_count += ~broken
 
     def metrics(self) -> dict[str, float]:

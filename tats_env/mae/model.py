@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tats_env.grid import TokenGrid
 
@@ -89,10 +90,14 @@ class VideoMAE(nn.Module):
     """Encoder over the K visible tokens only, shallow decoder over all N.
 
     Pixels come in normalised; predictions are each hidden patch's pixels, normalised by the patch itself.
+
+    Attributes:
+        checkpointing: compute the blocks' activations anew in the backward pass, rather than keep them.
     """
 
     pos_embed: Tensor
     decoder_pos_embed: Tensor
+    checkpointing: bool = False
 
     def __init__(self, grid: TokenGrid, size: MAESize) -> None:
         super().__init__()
@@ -135,27 +140,36 @@ class VideoMAE(nn.Module):
 
     def tokens(self, patches: Tensor) -> Tensor:
         """Embedding plus position of all tokens: patches [B, N, P] -> [B, N, D]."""
-        return self.patch_embed(patches) + self.pos_embed
+        x = self.patch_embed(patches)
+        return x + self.pos_embed.to(x.dtype)
 
     def encode(self, visible_patches: Tensor, visible: Tensor, *, final_norm: bool = True) -> Tensor:
         """Latents of the visible tokens: patches [B, K, P] at indices [B, K] -> [B, K, D].
 
         A classifier that pools the latents and normalises the mean, as VideoMAE's does, asks for ``final_norm=False``.
         """
-        x = self.patch_embed(visible_patches) + gather_tokens(self.pos_embed, visible)
-        for block in self.blocks if visible.shape[1] else ():  # not every kernel takes an empty sequence
-            x = block(x)
+        x = _placed(self.patch_embed(visible_patches), self.pos_embed, visible)
+        if visible.shape[1]:  # not every kernel takes an empty sequence
+            x = self._through(self.blocks, x)
         return self.norm(x) if final_norm else x
 
     def decode(self, latents: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Predicted pixels of the hidden tokens: latents [B, K, D] -> [B, N - K, P]."""
-        shown = self.decoder_embed(latents) + gather_tokens(self.decoder_pos_embed, visible)
-        asked = self.mask_token + gather_tokens(self.decoder_pos_embed, hidden)
-        x = torch.cat([shown, asked.to(shown.dtype)], dim=1)
-        for block in self.decoder_blocks:
-            x = block(x)
+        """Predicted pixels of hidden tokens: latents [B, K, D], indices [B, K] and [B, M] -> [B, M, P]."""
+        shown = _placed(self.decoder_embed(latents), self.decoder_pos_embed, visible)
+        asked = _placed(self.mask_token.to(shown.dtype), self.decoder_pos_embed, hidden)
+        x = self._through(self.decoder_blocks, torch.cat([shown, asked], dim=1))
         return self.decoder_head(self.decoder_norm(x[:, visible.shape[1] :]))
 
+    def _through(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and x.requires_grad else block(x)
+        return x
+
     def forward(self, visible_patches: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Predict the hidden tokens [B, N - K, P] from the visible ones [B, K, P]; indices ascending."""
+        """Predict hidden tokens [B, M, P], all or some of them, from the visible ones [B, K, P]; indices ascending."""
         return self.decode(self.encode(visible_patches, visible), visible, hidden)
+
+
+def _placed(x: Tensor, positions: Tensor, index: Tensor) -> Tensor:
+    """Tokens with their positions added, in the tokens' own precision, as VideoMAE adds them."""
+    return x + gather_tokens(positions, index).to(x.dtype)
