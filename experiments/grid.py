@@ -14,7 +14,7 @@ from experiments.config import parse, parse_config
 from experiments.refusals import ConfigError
 from experiments.schema import RunConfig
 from experiments.section import RENDERED_SETS, Section, check_text, data_texts
-from experiments.yaml_files import packaged_configs, read_yaml, set_value
+from experiments.yaml_files import packaged_configs, read_yaml, set_options
 
 
 class Cell(NamedTuple):
@@ -106,22 +106,11 @@ def load_grid(path_or_name: str, overrides: Sequence[str] = ()) -> tuple[Compare
         ConfigError: one line for each problem found, in the grid or in any of its runs.
     """
     values = read_yaml(path_or_name, "compare")
-    minutes: Any = None
-    args = list(overrides)
-    if args and not isinstance(values, dict):
-        parse(CompareConfig, values, path_or_name)  # says what it is instead
-    while args:
-        option, equals, value = args.pop(0).partition("=")
-        if not option.startswith("--") or not (equals or args):
-            raise ConfigError(f"command line: {option}: give options as --KEY VALUE, such as --minutes 9")
-        value = value if equals else args.pop(0)
-        if option == "--minutes":
-            try:
-                minutes = float(value)
-            except ValueError:
-                raise ConfigError(f"command line: minutes: {value!r} is not a number of minutes") from None
-        else:
-            set_value(values, option[2:], value)
+    parse(CompareConfig, values, path_or_name)
+    set_options(values, overrides)
+    minutes = values.pop("minutes", None)  # of the command line: no key of a file
+    if minutes is not None and not isinstance(minutes, (int, float)):
+        raise ConfigError(f"command line: minutes: {minutes!r} is not a number of minutes")
     grid = parse(CompareConfig, values, path_or_name)
     grid.runs(path_or_name)
     return grid, minutes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,18 @@ for _yaml in (_Loader, _Dumper):  # YAML 1.1, which PyYAML speaks, reads 1e-3 as
     )
 
 
+_MARKS = {"compare": "\nagents:", "bench": "\nbatches:"}
+"""Keys by which a file for another verb than ``run`` is known."""
+
+
 def packaged_configs(verb: str = "run") -> list[str]:
-    """Names of the configurations that we ship for ``tats run``, or of the grids (they hold agents) for ``compare``."""
-    found = {item.name[:-5]: item for item in files("experiments").iterdir() if item.name.endswith(".yaml")}
-    grids = [name for name, item in found.items() if "\nagents:" in item.read_text(encoding="utf-8")]
-    return sorted(name for name in found if (name in grids) == (verb == "compare"))
+    """Names of the configurations that we ship for ``tats run``, or for another verb that takes some."""
+
+    def belongs(text: str) -> bool:
+        return _MARKS[verb] in text if verb in _MARKS else not any(mark in text for mark in _MARKS.values())
+
+    found = [item for item in files("experiments").iterdir() if item.name.endswith(".yaml")]
+    return sorted(item.name[:-5] for item in found if belongs(item.read_text(encoding="utf-8")))
 
 
 def _read(path_or_name: str, verb: str) -> str:
@@ -89,6 +97,16 @@ def set_value(values: dict[str, Any], path: str, text: str) -> None:
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"command line: --{path}: {text!r} is not YAML: {problem}") from None
+
+
+def set_options(values: dict[str, Any], args: Sequence[str]) -> None:
+    """Put options of a command line, ``--path.to.key VALUE`` or ``--path.to.key=VALUE``, into nested values."""
+    rest = list(args)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if not option.startswith("--") or not (equals or rest):
+            raise ConfigError(f"command line: {option}: give options as --KEY VALUE, such as --minutes 9")
+        set_value(values, option[2:], value if equals else rest.pop(0))
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
