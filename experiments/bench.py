@@ -20,8 +20,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments import bench_report as report
-from experiments.bench_rows import JOINT, MAE, PARTS, Group, Row, Setting, changed, joint_step, mae_step, named, table
-from experiments.bench_schema import BenchConfig
+from experiments.bench_rows import (
+    JOINT,
+    MAE,
+    PARTS,
+    Group,
+    Row,
+    Setting,
+    changed,
+    fed,
+    feeding,
+    joint_step,
+    mae_step,
+    named,
+    table,
+)
+from experiments.bench_schema import BenchConfig, FeedConfig
 from experiments.config import dump_config, to_values
 from experiments.growth import predicted
 from experiments.operations import Counts, count
@@ -42,7 +56,7 @@ PACKAGES = "torch", "timm", "transformers", "numpy"
 _CODE = (
     "tats_env/**/*.py",
     "agents/**/*.py",
-    *(f"experiments/{name}.py" for name in ("bench_rows", "operations", "references", "run", "stopwatch")),
+    *(f"experiments/{name}.py" for name in ("bench_rows", "feed", "operations", "references", "run", "stopwatch")),
 )
 
 
@@ -107,7 +121,8 @@ class Bench:
         """What a measurement of the row holds for."""
         run = {key: value for key, value in to_values(group.run).items() if key not in ("name", "out")}
         bench = self.config
-        how = [bench.warmup, bench.repeats, bench.matrix, bench.copy_mib, to_values(bench.attention)]
+        how: list[Any] = [bench.warmup, bench.repeats, bench.matrix, bench.copy_mib, to_values(bench.attention)]
+        how += [to_values(group.feed)] if group.feed is not None else []
         text = json.dumps([row.name, run, how, self.about], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -205,14 +220,20 @@ class Bench:
         if group.run.compile:
             torch.compiler.reset()  # else the compiled forms of earlier groups count against the limit of one function
         setting = None if group.predicted else Setting(group.run, self._open(group.run))
+        together = not self.on_gpu or group.feed is not None
         before = torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
         # In turn on a CPU, whose speed drifts; alone on a GPU, whose memory is counted.
-        for rows in [[row] for row in group.rows] if self.on_gpu else [group.rows]:
+        for rows in [group.rows] if together else [[row] for row in group.rows]:
             if time.monotonic() >= deadline:
                 return
             begins(rows[0].name)
             start = time.monotonic()
-            results = self._predict(group.run, rows) if setting is None else self._time(setting, rows, before)
+            if setting is None:
+                results = self._predict(group.run, rows)
+            elif group.feed is not None:
+                results = self._feed(setting, group.feed, rows)
+            else:
+                results = self._time(setting, rows, before)
             for name, result in results.items():
                 yield name, result, (time.monotonic() - start) / len(results)
 
@@ -265,6 +286,27 @@ class Bench:
             for row in rows:
                 attempt(row, work)
         return results
+
+    def _feed(self, setting: Setting, config: FeedConfig, rows: list[Row]) -> dict[str, report.Result]:
+        """What a loader brings, and the step makes of it; all at once, whichever of the rows are left."""
+        from experiments.feed import feed_rates
+
+        run = setting.run
+        try:
+            rates = feed_rates(
+                fed(setting), batch_size=run.batch_size, num_frames=run.clip.num_frames, size=run.clip.size,
+                frame_stride=run.clip.frame_stride, repeats=config.repeats, key_frame_every=config.key_frame_every,
+                seconds=config.seconds, device=self.device,
+            )  # fmt: skip
+        except Exception as error:  # as of ``_time``
+            return {row.name: _failure(error) for row in rows}
+        names = feeding(config, run.batch_size)
+        found: dict[str, report.Result] = {}
+        for name, rate in zip(names, (rates.loader, rates.loader_repeated, rates.both), strict=True):
+            seconds = run.batch_size / (rate or float("inf"))
+            found[name] = {"seconds": Timing(seconds, seconds, seconds, 1)._asdict(), "flops": None, "peak_bytes": None}
+        found[names[-1]]["data_wait"] = rates.data_wait
+        return {row.name: found[row.name] | self._about(row, run) for row in rows}
 
     def _predict(self, run: RunConfig, rows: list[Row]) -> dict[str, report.Result]:
         try:

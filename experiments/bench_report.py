@@ -183,6 +183,8 @@ def cells(results: Results) -> list[list[str]]:
         said = [f"{ratio:.2f} x {_short(other)}" for other, ratio in extra["ratios"].items()]
         if "share_of_step" in extra:
             said.append(f"{extra['share_of_step']:.1%} of the step")
+        if "data_wait" in result:
+            said.append(f"waits for clips {result['data_wait']:.0%} of the time")
         if "gigabytes_per_second" in extra:
             said.append(f"{extra['gigabytes_per_second']:.0f} GB/s")
         spread = "" if seconds["repeats"] < 2 else f"{1e3 * seconds['low']:.3g} to {1e3 * seconds['high']:.3g}"

@@ -14,7 +14,7 @@ from agents.base import first_seed
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, MAEUpdateHook
 from agents.ppo import Rollout
-from experiments.bench_schema import AttentionConfig, BenchConfig, load_bench
+from experiments.bench_schema import AttentionConfig, BenchConfig, FeedConfig, load_bench
 from experiments.references import attention_step, bare_step, huggingface_step, literal_trajectory_attention
 from experiments.run import agent_maker, masking_env, new_learner, token_grid
 from experiments.schema import RunConfig
@@ -115,6 +115,18 @@ def joint_step(s: Setting) -> Step:
         s.agent._train(rollout)
 
     return Step(act)
+
+
+def fed(s: Setting) -> Callable[[Tensor], None]:
+    """The joint step on clips that are given to it, uint8 [B, T, H, W, 3]."""
+    s.env.reset(seed=first_seed(s.run.seed))
+
+    def step(clips: Tensor) -> None:
+        s.env.task.clips = clips
+        rollout, _ = s.agent._collect(s.env.task.observe(), s.hooks)
+        s.agent._train(rollout)
+
+    return step
 
 
 def data(s: Setting) -> Step:
@@ -264,6 +276,8 @@ class Group(NamedTuple):
     rows: list[Row]
     predicted: bool = False
     """Whether their times on an H100 are worked out rather than anything measured."""
+    feed: FeedConfig | None = None
+    """Of the rows that ``feeding`` names."""
 
 
 PARTS = {
@@ -280,6 +294,7 @@ JOINT, MAE, BARE, HUGGING_FACE, STEPPING = "joint step", "MAE step", "bare MAE s
 MATRIX, COPY = "matrix product", "copy"
 ATTENTION, LITERAL = "trajectory attention", "trajectory attention, literal"
 PREDICTED = "H100, predicted: "
+LOADER, FED = "loader", "joint step, fed by the loader"
 
 
 AXES = {
@@ -296,9 +311,19 @@ def named(kind: str, batch: int, *rest: str) -> str:
     return ", ".join([kind, f"batch {batch}", *rest])
 
 
+def feeding(feed: FeedConfig, batch: int) -> tuple[str, str, str]:
+    """The rows: the loader alone, each clip decoded for itself; the same, repeated; and the step that it feeds."""
+    return named(LOADER, batch), named(LOADER, batch, f"{feed.repeats} clips a video"), named(FED, batch)
+
+
 def table(config: BenchConfig, run: RunConfig) -> list[Group]:
     """All rows of a bench, those that goals are judged by first; each is there once."""
     groups = [*_ceilings(config, run), *_goals(config, run), _huggingface(config, run)]
+    if config.feed is not None:
+        names = feeding(config.feed, run.batch_size)
+        reference = (named(JOINT, run.batch_size),)
+        rows = [Row(name, joint_step, run.batch_size, reference) for name in names]
+        groups.append(Group(run, rows, feed=config.feed))
     if config.predict is not None:
         groups += _predicted(*load_bench(config.predict))
     groups += [group for curve in curves(config, run).values() for group in curve]

@@ -57,6 +57,17 @@ class GrowthConfig(Section):
     """Sizes of the MAE."""
 
 
+class FeedConfig(Section):
+    """Decoding of video files, made for it, that feeds the joint step."""
+
+    repeats: PositiveInt = 4
+    """Clips of a batch that share one decoded video."""
+    key_frame_every: PositiveInt = 12
+    """Frames from one key frame of a file to the next, where decoding can begin."""
+    seconds: PositiveFloat = 10.0
+    """For which the loader alone and the step that it feeds are measured, each."""
+
+
 class BenchConfig(Section):
     """Time a training step, its parts and what they are measured against, side by side in one process."""
 
@@ -81,6 +92,8 @@ class BenchConfig(Section):
     attention: AttentionConfig = AttentionConfig()
     mask_ratios: list[float] = Field(default=[])
     """At which memory is measured, at the first batch."""
+    feed: FeedConfig | None = None
+    """Files that feed the step, at the first batch; None leaves it out."""
     growth: GrowthConfig = GrowthConfig()
     predict: str | None = None
     """Another such file, whose steps' times on an H100 are predicted from their operations and bytes."""
@@ -108,6 +121,11 @@ class BenchConfig(Section):
             section, _, name = key.rpartition(".")
             if (value := getattr(getattr(run, section) if section else run, name)) != right:
                 raise ConfigError(f"{where}.{key}: {value} is given; the parts of a step can be told apart at {right}")
+        if self.feed is not None:
+            try:
+                check_divides(run.batch_size, self.feed.repeats, "the first of batches")
+            except ValueError as error:
+                raise ConfigError(f"{source}: feed.repeats: {error}") from None
         for clip in self.growth.clips:
             try:
                 check_divides(clip.num_frames, run.clip.tubelet_size, "num_frames")

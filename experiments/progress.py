@@ -16,6 +16,7 @@ SHOWN = {
     "mask/random_mask_error": "random-mask {:.3f}",
     "mask/motion_lift": "lift {:.2f}",
     "time/fps": "{:.0f} clips/s",
+    "time/data_wait": "data wait {:.0%}",
     "finetune/loss": "loss {:.3f}",
 }
 LINES = 10
@@ -51,6 +52,11 @@ class RunProgress(KVWriter, Hook):
         self.name = name
         self.progress.update(self.task, description=name)
         self.progress.start()
+
+    def skip(self, steps: int) -> None:
+        """Count steps that were done before, whose time says nothing about those to come."""
+        done = self.progress.tasks[0].completed + steps
+        self.progress.reset(self.task, completed=int(done), start=self.progress.live.is_started)
 
     def on_step(self, agent: Any) -> None:
         """Count a step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +14,7 @@ from gymnasium.error import InvalidAction
 from torch import Tensor
 
 from tats_env.data import VideoSet, open_dataset
+from tats_env.data.staging import AHEAD
 from tats_env.grid import TokenGrid, token_budget, visible_mask
 from tats_env.keyed import keyed_bits, keyed_order
 from tats_env.mae import SIZES, MAELearner, load_learner
@@ -132,6 +133,7 @@ class MaskingTask:
         self.shown = torch.empty(num_envs, 0, dtype=torch.int64, device=self.device)
         self.mask_complete = True  # whether the last decision left all K tokens of its clips visible
         self.always_probe = False  # make the decision's pass under uniform masks in ``step``, before any update
+        self._seen_with: dict[str, Tensor] = {}
 
     def _resolve_mae(self, mae: str | Path | MAELearner, seed: int, device: str | torch.device) -> MAELearner:
         if isinstance(mae, MAELearner):
@@ -200,9 +202,10 @@ class MaskingTask:
         self.video_index, self.start_frame, place = self._choose(self.episode, self.position)
         self.crops = self._crops(self.episode, self.position)
         self.clips = self.videos.clips(self.video_index, self.start_frame, self.device, self.crops, place)
-        last = self.position + 1 == self.num_clips
-        video, start, place = self._choose(*((self.episode + 1, 0) if last else (self.episode, self.position + 1)))
-        self.videos.prefetch(video, start, self.device, place)
+        for ahead in range(1, AHEAD + 1):
+            episodes, position = divmod(self.position + ahead, self.num_clips)
+            video, start, place = self._choose(self.episode + episodes, position)
+            self.videos.prefetch(video, start, self.device, place)
 
     @torch.no_grad()
     def observe(self) -> Tensor:
@@ -214,6 +217,41 @@ class MaskingTask:
         else:
             seen = self.foreground()[..., None]
         return seen.unflatten(1, (self.grid.num_steps, self.grid.num_positions))
+
+    def _sees_with(self) -> dict[str, Tensor]:
+        """The MAE's weights that observations depend on."""
+        return self.mae.model.patch_embed.state_dict(prefix="patch_embed.") if self.observation == "tokens" else {}
+
+    def remember(self) -> None:
+        """Keep the weights that the present observation was made with, should an update come before ``state``."""
+        self._seen_with = {name: x.clone() for name, x in self._sees_with().items()}
+
+    def state(self) -> dict[str, Any]:
+        """Where the task stands before a decision, which ``restore`` takes; ``remember`` is to follow the last step.
+
+        Raises:
+            RuntimeError: if some tokens of the present clips are visible already.
+        """
+        if self.shown.shape[1]:
+            raise RuntimeError("state() can be asked for at the beginning of an episode only")
+        videos = self.videos.state()
+        return {"episode": self.episode, "position": self.position, "seen_with": self._seen_with, "videos": videos}
+
+    def restore(self, state: dict[str, Any]) -> Tensor:
+        """Go back, under the same seeds, to where ``state`` was asked for; returns the observation that was made there.
+
+        Any number of environments can take up their share of what one process left.
+        """
+        self.videos.restore(state["videos"])
+        self.episode, self.position = state["episode"], state["position"]
+        model, seen_with = self.mae.model, state["seen_with"]
+        present = {name: x.clone() for name, x in model.state_dict().items() if name in seen_with}
+        model.load_state_dict(seen_with, strict=False)
+        try:
+            self._load()
+            return self.observe()
+        finally:
+            model.load_state_dict(present, strict=False)
 
     def check_shape(self, actions: Tensor | np.ndarray, shape: tuple[int, ...]) -> None:
         """Raise InvalidAction unless ``actions`` has the given shape."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from agents.attention import TrajectoryAttention
 from experiments import cli, stopwatch
@@ -369,3 +370,16 @@ def test_bench_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in said for word in ("--minutes", "--profile", "--growth", "bench_cpu"))
     assert cli.main(["bench"]) == 2
     assert "a bench comes first" in capsys.readouterr().err
+
+
+def test_files_feed_the_step_and_its_waiting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = Bench(*load_bench(write(tmp_path, feed={"repeats": 2, "key_frame_every": 250, "seconds": 0.2})), Console())
+    bench.groups = [group for group in bench.groups if group.feed is not None]
+    bench.carry_out(time.monotonic() + 60)
+    loader, repeated, fed = bench.results.values()
+    assert all(row["seconds"]["median"] > 0 and row["clips"] == 4 for row in (loader, repeated, fed))
+    assert 0 <= fed["data_wait"] < 1.01
+    assert "waits for clips" in bench.tables()[0][2][2][-1]
+    with pytest.raises(ConfigError, match=r"feed\.repeats: 3 does not divide the first of batches = 4; give 2 or 4"):
+        load_bench(write(tmp_path, feed={"repeats": 3}))

@@ -454,7 +454,7 @@ def test_tats_version_names_the_package(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rnu", "quickstart"]) == 2
-    verbs = "run, compare, probe, finetune, data"
+    verbs = "run, compare, probe, finetune, bench, data"
     assert capsys.readouterr().err == f"tats: rnu: unknown verb; there are {verbs}; did you mean tats run?\n"
 
 
@@ -502,7 +502,7 @@ def test_help_and_refusals_answer_without_torch_gymnasium_or_a_traceback(tmp_pat
         assert "tyro" in imported and not imported & {"torch", "gymnasium", "experiments.run"}
 
 
-def dispatch(monkeypatch: pytest.MonkeyPatch, run: Callable[[RunConfig], int], *argv: str) -> int:
+def dispatch(monkeypatch: pytest.MonkeyPatch, run: Callable[..., int], *argv: str) -> int:
     """``tats run quickstart`` with this in place of what a run does."""
     module = ModuleType("experiments.run")
     module.run = run  # type: ignore[attr-defined]
@@ -513,7 +513,7 @@ def dispatch(monkeypatch: pytest.MonkeyPatch, run: Callable[[RunConfig], int], *
 def test_run_gets_the_configuration_with_its_options_and_gives_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[RunConfig] = []
 
-    def run(config: RunConfig) -> int:
+    def run(config: RunConfig, folder: Path | None) -> int:
         started.append(config)
         return 3
 
@@ -526,8 +526,8 @@ def test_bad_data_and_ctrl_c_end_a_run_in_one_line_but_a_defect_keeps_its_traceb
 ) -> None:
     from tats_env.data import DataError
 
-    def failing(error: BaseException) -> Callable[[RunConfig], int]:
-        def run(config: RunConfig) -> int:
+    def failing(error: BaseException) -> Callable[..., int]:
+        def run(config: RunConfig, folder: Path | None) -> int:
             raise error
 
         return run

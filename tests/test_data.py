@@ -286,9 +286,9 @@ def test_streaming_gives_the_same_clips_as_memory(rendered: VideoSet, monkeypatc
 def test_what_was_said_to_come_next_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     streamed, video = stream(monkeypatch, "motion", size=(64, 64)), np.arange(10)
     taken: list[int] = []
-    take = streamed._stream.take
+    begin = streamed._stream.begin
     monkeypatch.setattr(
-        streamed._stream, "take", lambda requests, clips: taken.append(len(requests)) or take(requests, clips)
+        streamed._stream, "begin", lambda requests, clips: taken.append(len(requests)) or begin(requests, clips)
     )
     streamed.prefetch(video, video, CPU)
     streamed.clips(video, video, CPU)

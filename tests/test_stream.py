@@ -122,13 +122,54 @@ def test_a_decoder_that_crashes_or_hangs_costs_one_clip(
     assert deadly.take(requests[:3] + requests[10:], clips[3:]) == {}, "an error leaves the pool usable"
 
 
-def test_a_worker_that_is_killed_is_replaced(streamed: VideoSet) -> None:
+@pytest.mark.parametrize("pause", [0, 1])
+def test_a_worker_that_is_killed_is_replaced(streamed: VideoSet, pause: int) -> None:
     whole = streamed.clips(*draws(0), CPU)
     for worker in workers_of(psutil.Process()):
         worker.kill()
-    time.sleep(1)  # nothing to do: the pool itself ends
+    time.sleep(pause)  # nothing to do: the pool itself ends
     assert torch.equal(streamed.clips(*draws(0), CPU), whole)
     assert not streamed.bad_videos
+
+
+@dataclass(frozen=True)
+class Slow(ClipReader):
+    """Video 0 takes two seconds, and each of the others leaves a file behind."""
+
+    folder: str = ""
+
+    def __call__(self, path: Path, info: VideoInfo, frames: Sequence[int], position: float) -> np.ndarray:
+        if int(path.stem) == 0:
+            time.sleep(2)
+        Path(self.folder, path.stem).touch()
+        return super().__call__(path, info, frames, position)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_go_on_to_the_next_batches_while_a_clip_of_one_takes_long(
+    paths: list[Path], workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "num_cores", lambda: 2)
+    slow = pool(paths, workers, Slow((32, 32), folder=str(tmp_path)))
+    requests = [[ClipRequest(v, tuple(range(16))) for v in part] for part in ((0, 1), range(2, 12), range(12, 20))]
+    clips = [np.zeros((len(part), *SHAPE, 3), np.uint8) for part in requests]
+    batches = [slow.begin(*pair) for pair in zip(requests, clips, strict=True)]
+    assert slow.finish(batches[0]) == {}
+    assert batches[1].done and batches[2].done
+    for batch, part, taken in zip(batches, requests, clips, strict=True):
+        assert slow.finish(batch) == {}
+        assert np.array_equal(taken, decoded(paths, part))
+
+
+def test_a_batch_that_nobody_wants_any_more_is_not_decoded(paths: list[Path], tmp_path: Path) -> None:
+    slow = pool(paths, 1, Slow((32, 32), folder=str(tmp_path)))
+    requests = [[ClipRequest(v, tuple(range(16))) for v in part] for part in ((0,), range(1, 20), (20,))]
+    clips = [np.zeros((len(part), *SHAPE, 3), np.uint8) for part in requests]
+    _, unwanted, last = (slow.begin(*pair) for pair in zip(requests, clips, strict=True))
+    slow.drop(unwanted)
+    assert slow.finish(last) == {} and np.array_equal(clips[2], decoded(paths, requests[2]))
+    assert {path.stem for path in tmp_path.iterdir()} == {"00000", "00020"}
+    assert slow.finish(unwanted) == {} and not clips[1].any()
 
 
 def test_too_little_shared_memory_is_a_warning_and_threads(

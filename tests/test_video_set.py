@@ -21,6 +21,7 @@ from tats_env.data.reader import read_frames
 CPU = torch.device("cpu")
 EVERY = np.arange(12)
 START = np.arange(12) % 7
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,48 @@ def test_a_video_that_fails_is_replaced_by_clips_of_the_others_own_length(
         assert videos.starts(np.zeros(1000, int), bits).max() <= 24 - 8 or sampling == "uniform"
         assert len(videos.bad_videos) == 1
         listing.paths[0].write_bytes(content)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_clips_that_share_a_video_are_decoded_and_sent_once_and_come_out_as_each_alone(
+    spec: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, streamed = both(monkeypatch, spec, augment="multi_scale", flip=True, num_frames=4)
+    sent: list[int] = []
+    begin = streamed._stream.begin
+    monkeypatch.setattr(
+        streamed._stream, "begin", lambda requests, clips: sent.append(len(clips)) or begin(requests, clips)
+    )
+    video, start, key = EVERY.repeat(4)[::-1] % 5, START.repeat(4), keys(1, 48)
+    distinct = len(set(zip(video.tolist(), start.tolist(), strict=True)))
+    assert 12 <= distinct < 24
+    streamed.prefetch(video, start, torch.device(device))
+    clips = streamed.clips(video, start, torch.device(device), key).cpu()
+    assert sent == [distinct]
+    assert torch.equal(clips, resident.clips(video, start, CPU, key))
+    for i in (0, 17, 47):
+        assert torch.equal(clips[i], streamed.clips(video[[i]], start[[i]], CPU, key[[i]])[0])
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+def test_what_plays_for_a_video_that_fails_does_not_depend_on_how_far_ahead_clips_are_decoded(
+    tmp_path: Path, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, videos = both(monkeypatch, list_tree(tmp_path), num_frames=4)
+    batches = [(EVERY[i : i + 4], START[i : i + 4]) for i in (0, 4, 2, 6, 3, 5, 1)]
+    for video, start in batches[:ahead]:
+        videos.prefetch(video, start, CPU)
+    for failing in (5, 6):
+        videos.paths[failing].unlink()
+    played = []
+    for i, batch in enumerate(batches):
+        played.append(videos.clips(*batch, CPU))
+        for video, start in batches[i + 1 : i + 1 + ahead]:
+            videos.prefetch(video, start, CPU)
+    assert [reason for _, reason in videos.bad_videos] == ["no such file"] * 2
+    assert videos._plays[[5, 6]].tolist() == [7, 7]
+    for (video, start), clips in zip(batches[1:], played[1:], strict=True):
+        assert torch.equal(clips, videos.clips(np.where((video == 5) | (video == 6), 7, video), start, CPU))
 
 
 def test_foreground_follows_the_crops_of_its_clips() -> None:

@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,8 +28,10 @@ CLIP_SECONDS = 60.0
 """A worker process that takes longer for one clip is ended."""
 CACHED_FRAMES_A_SECOND = 10.0
 """With a cache, which decodes whole videos, the time allowed grows by a second for each ten frames."""
-SLOTS_PER_WORKER = 4
-"""Clips on their way at a time: enough that none waits for the one that is taken next."""
+SLOTS_PER_WORKER = 2
+"""Clips on their way at a time: one that is decoded, one that follows at once."""
+LOST_AFTER = 1.0
+"""Seconds without news after which the pool is asked whether it is still there."""
 _log = logging.getLogger("tats_env.data")
 
 
@@ -76,12 +79,43 @@ def _work(slot: int, *request: Any) -> None:
     _slots[slot] = _reader(*request)
 
 
+class Batch:
+    """Clips of one batch on their way into ``clips`` [B, T, H, W, 3]; made by ``ClipStream.begin``.
+
+    Attributes:
+        failed: why not, by video, for those that cannot be decoded.
+    """
+
+    def __init__(self, requests: Sequence[ClipRequest], clips: np.ndarray) -> None:
+        self.clips = clips
+        self.rows: dict[ClipRequest, list[int]] = {}
+        for i, request in enumerate(requests):
+            self.rows.setdefault(request, []).append(i)
+        self.waiting, self.running = deque(self.rows), 0
+        self.failed: dict[int, UnreadableVideo] = {}
+        self.defect: Exception | None = None
+        self.dropped = False
+        self._tried: set[ClipRequest] = set()
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to wait for."""
+        return self.dropped or self.defect is not None or not (self.waiting or self.running)
+
+    def tries_again(self, request: ClipRequest) -> bool:
+        """Whether it may have been the machine's fault: so once for each clip."""
+        first = request not in self._tried
+        self._tried.add(request)
+        return first
+
+
 class ClipStream:
     """A pool that decodes clips of one shape, each into a slot of one block of memory.
 
     With processes, a decoder that crashes or hangs costs one clip: its process is started anew, the clip is tried once
     more, and then its video is reported as unreadable. Nothing depends on how many workers there are or on who
-    decodes what. Not to be used from two threads at once.
+    decodes what. Workers go on to the next batch while the last clips of one are decoded. To be used from one thread;
+    another may ``begin`` and ``drop`` batches.
 
     Args:
         paths, infos: the videos.
@@ -117,6 +151,8 @@ class ClipStream:
                 self.workers = 0
         if not self.workers:
             self._slots = np.empty((SLOTS_PER_WORKER * num_cores(), *self.clip_shape), np.uint8)
+        self._batches = deque[Batch]()  # in the order in which workers turn to them
+        self._news = SimpleQueue[Future[None] | None]()  # a clip that is over; None for a batch that came or went
         self._start_pool()
         self._process = os.getpid()
 
@@ -134,72 +170,114 @@ class ClipStream:
         else:
             self._pool = ThreadPoolExecutor(num_cores(), "tats-decode")
         self._free = list(range(len(self._slots)))
+        self._running: dict[Future[None], tuple[Batch, ClipRequest, int]] = {}
         self._renewed = False
+
+    def begin(self, requests: Sequence[ClipRequest], clips: np.ndarray) -> Batch:
+        """Put a batch in line, to be written into ``clips`` [B, T, H, W, 3]; equal requests are decoded once."""
+        self._start()
+        batch = Batch(requests, clips)
+        self._batches.append(batch)
+        self._news.put(None)
+        return batch
+
+    def finish(self, batch: Batch) -> dict[int, UnreadableVideo]:
+        """Wait for a batch, while those after it are begun.
+
+        Returns:
+            why not, by video, for those that cannot be decoded.
+        """
+        try:
+            while not batch.done:
+                self._hand_out()
+                self._take_in()
+        finally:  # interrupted, it may be
+            batch.dropped = True
+        if batch.defect is not None:
+            raise batch.defect
+        return batch.failed
+
+    def take(self, requests: Sequence[ClipRequest], clips: np.ndarray) -> dict[int, UnreadableVideo]:
+        """``begin`` and ``finish`` in one."""
+        return self.finish(self.begin(requests, clips))
+
+    def drop(self, batch: Batch) -> None:
+        """Decode no more of a batch that nobody wants."""
+        batch.dropped = True
+        self._news.put(None)
+
+    def _hand_out(self) -> None:
+        """Give clips to the workers, as many as there are free slots."""
+        while self._free and self._batches:
+            batch = self._batches[0]
+            if batch.done or not batch.waiting:
+                self._batches.popleft()
+                continue
+            request = batch.waiting[0]
+            try:
+                future = self._submit(request, self._free[-1])
+            except RuntimeError:  # pebble's word for a pool that has ended
+                if not self.workers:
+                    raise
+                self._renew_pool()
+                continue
+            self._running[future] = batch, batch.waiting.popleft(), self._free.pop()
+            batch.running += 1
+            future.add_done_callback(self._news.put)
 
     def _submit(self, request: ClipRequest, slot: int) -> Future[None]:
         path, info = self.paths[request.video], self.infos[request.video]
         order = path, info, request.frames, request.position
         if not self.workers:
             return self._pool.submit(lambda: self._slots.__setitem__(slot, self.reader(*order)))
-        if not self._pool.active:
-            raise BrokenProcessPool
         seconds = CLIP_SECONDS
         if self.reader.cache is not None:
             seconds += info.num_frames / CACHED_FRAMES_A_SECOND
         future: Future[None] = self._pool.schedule(_work, args=(slot, *order), timeout=seconds)
         return future
 
-    def take(self, requests: Sequence[ClipRequest], clips: np.ndarray) -> dict[int, UnreadableVideo]:
-        """Write the clips into ``clips`` [B, T, H, W, 3]; equal requests are decoded once.
-
-        Returns:
-            why not, by video, for those that cannot be decoded.
-        """
+    def _take_in(self) -> None:
+        """Wait for a clip that is over, however it ended, and free its slot."""
         from pebble import ProcessExpired
 
-        self._start()
-        rows: dict[ClipRequest, list[int]] = {}
-        for i, request in enumerate(requests):
-            rows.setdefault(request, []).append(i)
-        waiting, started = deque(rows), deque[tuple[ClipRequest, Future[None], int]]()
-        failed: dict[int, UnreadableVideo] = {}
-        tried: set[ClipRequest] = set()
-
-        def fails(request: ClipRequest, reason: str) -> None:
-            """Report the video, unless it may have been the machine's fault and not tried again yet."""
-            if request in tried:
-                failed[request.video] = UnreadableVideo(self.paths[request.video], reason)
-            else:
-                tried.add(request)
-                waiting.appendleft(request)
-
         try:
-            while waiting or started:
-                try:
-                    while waiting and self._free:
-                        future = self._submit(waiting[0], self._free[-1])
-                        started.append((waiting.popleft(), future, self._free.pop()))
-                    request, future, slot = started[0]
-                    future.result()
-                    clips[rows[request]] = self._slots[slot]
-                except BrokenProcessPool:
-                    waiting.extendleft(request for request, _, _ in reversed(started))
-                    started.clear()
-                    self._renew_pool()
-                    continue
-                except UnreadableVideo as error:
-                    failed[request.video] = error
-                except TimeoutError:
-                    fails(request, "decoding a clip of it takes too long")
-                except ProcessExpired as error:
-                    fails(request, f"decoding it ends the process (exit code {error.exitcode})")
-                started.popleft()
-                self._free.append(slot)
-                self._renewed = False
-        finally:
-            for _, future, slot in started:  # interrupted, or a defect: what runs may still write
-                future.add_done_callback(lambda _, slot=slot: self._free.append(slot))  # type: ignore[misc]
-        return failed
+            future = self._news.get(timeout=LOST_AFTER)
+        except Empty:
+            if self.workers and not self._pool.active:
+                self._renew_pool()
+            return
+        if future is None or future not in self._running:
+            return
+        batch, request, slot = self._running[future]
+        path = self.paths[request.video]
+        try:
+            future.result()
+            if not batch.done:
+                for row in batch.rows[request]:
+                    batch.clips[row] = self._slots[slot]
+        except BrokenProcessPool:
+            return self._renew_pool()
+        except UnreadableVideo as error:
+            batch.failed[request.video] = error
+        except (TimeoutError, ProcessExpired) as error:
+            if batch.tries_again(request):
+                self._wait_again(batch, request)
+            elif isinstance(error, ProcessExpired):
+                reason = f"decoding it ends the process (exit code {error.exitcode})"
+                batch.failed[request.video] = UnreadableVideo(path, reason)
+            else:
+                batch.failed[request.video] = UnreadableVideo(path, "decoding a clip of it takes too long")
+        except Exception as error:
+            batch.defect = error
+        del self._running[future]
+        self._free.append(slot)
+        batch.running -= 1
+        self._renewed = False
+
+    def _wait_again(self, batch: Batch, request: ClipRequest) -> None:
+        """Put a clip back, before all that wait."""
+        batch.waiting.appendleft(request)
+        self._batches.appendleft(batch)
 
     def _renew_pool(self) -> None:
         """Start anew after all workers were killed while they had nothing to do, which ends pebble's pool."""
@@ -211,6 +289,9 @@ class ClipStream:
         self._end.detach()
         self._pool.stop()
         self._pool.join()
+        for batch, request, _ in reversed(self._running.values()):
+            batch.running -= 1
+            self._wait_again(batch, request)
         self._start_pool()
         self._renewed = True
 

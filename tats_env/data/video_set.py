@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +16,7 @@ from tats_env.data.index import on_all_cores, probe_all
 from tats_env.data.listing import Listing
 from tats_env.data.reader import DataError, UnreadableVideo, VideoInfo, read_frames
 from tats_env.data.sampling import dense_frames, test_starts, uniform_frames
+from tats_env.data.staging import Stage, WaitClock
 from tats_env.data.stream import ClipReader, ClipRequest, ClipStream
 from tats_env.keyed import keyed_uniform
 
@@ -32,7 +30,6 @@ CENTRE = 0.5
 
 _LISTED = 10  # files named in one message
 _log = logging.getLogger("tats_env.data")
-_T = TypeVar("_T")
 
 
 def _listed(bad: Iterable[tuple[str, str]]) -> str:
@@ -69,6 +66,7 @@ class VideoSet:
         clip_shape: (T, H, W).
         clip_span: frames of a video from the first to the last of a clip, ``(num_frames - 1) * frame_stride + 1``.
         has_foreground: whether ``foreground`` knows the truth.
+        waits: for how long devices waited for clips.
 
     Raises:
         DataError: if more than half of the files cannot be decoded.
@@ -150,7 +148,8 @@ class VideoSet:
         self._plays = np.arange(len(good))  # which video plays for each: itself, unless it failed when streaming
         reader = ClipReader(self.canvas, decoder, cache)
         self._stream = ClipStream(self.paths, infos, reader, (num_frames, *self.canvas), workers)
-        self._stage = _Stage()
+        self.waits = WaitClock()
+        self._stage = Stage(self._stream, self.waits)
         self._resident: dict[torch.device, Tensor] = {}  # the frames to gather from for each device
         self._masks: dict[torch.device, tuple[Tensor, np.ndarray]] = {}  # all masks, and which are known [V]
 
@@ -236,8 +235,7 @@ class VideoSet:
                 masks[rows] = torch.from_numpy(self._truth(self.paths[v], self.canvas)).to(home)
                 known[v] = True
         choice = self._choice(video_index, start_frame, None)
-        every = np.arange(len(choice.video_index))
-        return self._cropped(self._gather(masks, *self._frames_of(choice, every), device), key)
+        return self._cropped(self._gather(masks, *self._frames_of(choice), device), key)
 
     def prefetch(
         self,
@@ -246,7 +244,10 @@ class VideoSet:
         device: torch.device,
         position: np.ndarray | None = None,
     ) -> None:
-        """Say which clips come next (arguments as of ``clips``): streaming decodes and moves them meanwhile."""
+        """Say which clips come next (arguments as of ``clips``): streaming decodes and moves them meanwhile.
+
+        Up to ``staging.AHEAD`` batches may be on their way; to say one of them again changes nothing.
+        """
         self._prepare(self._choice(video_index, start_frame, position), device)
 
     def prefetch_test(
@@ -271,19 +272,18 @@ class VideoSet:
         starts = test_starts(self.lengths[self._plays[video_index]], self.clip_span, nth, num_clips)
         return _Choice(np.asarray(video_index), starts, None, position)
 
-    def _frames_of(self, choice: _Choice, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which videos [b] play in rows [b] of the choice, and which of their frames [b, T]."""
-        video = self._plays[choice.video_index[rows]]
+    def _frames_of(self, choice: _Choice) -> tuple[np.ndarray, np.ndarray]:
+        """Which videos play [B], and which of their frames [B, T]."""
+        video = self._plays[choice.video_index]
         lengths = self.lengths[video]
         if choice.offsets is not None:
-            return video, uniform_frames(lengths, self._num_frames, choice.offsets[rows])
+            return video, uniform_frames(lengths, self._num_frames, choice.offsets)
         assert choice.start is not None
-        return video, dense_frames(lengths, choice.start[rows], self._num_frames, self._stride)
+        return video, dense_frames(lengths, choice.start, self._num_frames, self._stride)
 
-    def _requests(self, choice: _Choice, rows: np.ndarray) -> list[ClipRequest]:
-        video, frames = self._frames_of(choice, rows)
-        position = choice.positions[rows]
-        asked = zip(video.tolist(), map(tuple, frames.tolist()), position.tolist(), strict=True)
+    def _requests(self, choice: _Choice) -> list[ClipRequest]:
+        video, frames = self._frames_of(choice)
+        asked = zip(video.tolist(), map(tuple, frames.tolist()), choice.positions.tolist(), strict=True)
         return [ClipRequest(*request) for request in asked]
 
     def _cropped(self, decoded: Tensor, key: Tensor | None) -> Tensor:
@@ -307,45 +307,28 @@ class VideoSet:
 
     def _prepare(self, choice: _Choice, device: torch.device) -> None:
         if self._streams(choice):
-            self._stage.begin(choice, partial(self._decode, choice, device))
+            self._stage.begin(self._requests(choice), device)
 
     def _fetch(self, choice: _Choice, device: torch.device) -> Tensor:
         """The clips, cropped at their positions: uint8 [B, T, h, w, 3] on ``device``."""
-        every = np.arange(len(choice.video_index))
         if not self._streams(choice):
             assert self._frames is not None
-            return self._gather(self._frames_for(self._frames, device), *self._frames_of(choice, every), device)
-        clips, video, failed, ready = self._stage.take(choice, partial(self._decode, choice, device))
-        if ready is not None:  # moved on a stream of its own
-            torch.cuda.current_stream(device).wait_event(ready)
-            clips.record_stream(torch.cuda.current_stream(device))
-        rows = every
-        while True:
+            rows = self._frames_for(self._frames, device)
+            if rows.device.type == "cuda":
+                return self._gather(rows, *self._frames_of(choice), device)
+            with self.waits.waiting(device):
+                return self._gather(rows, *self._frames_of(choice), device)
+        requests = self._requests(choice)
+        clips, failed = self._stage.take(requests, device)
+        while failed:
             # Only now, so that what plays for whom does not depend on when a clip of a batch was decoded
             for v, error in sorted(failed.items()):
                 self._replace(v, error)
-            rows = rows[video != self._plays[choice.video_index[rows]]]
-            if not len(rows):
-                return clips
-            again = np.empty((len(rows), *clips.shape[1:]), np.uint8)
-            video = self._plays[choice.video_index[rows]]
-            failed = self._stage.alone(partial(self._stream.take, self._requests(choice, rows), again))
-            clips[torch.from_numpy(rows).to(device)] = torch.from_numpy(again).to(device)
-
-    def _decode(self, choice: _Choice, device: torch.device) -> _Decoded:
-        """Decode and start to move the clips, leaving out those that cannot be decoded."""
-        every = np.arange(len(choice.video_index))
-        shape = (len(every), self._num_frames, *self.canvas, 3)
-        clips = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        video = self._plays[choice.video_index]
-        failed = self._stream.take(self._requests(choice, every), clips.numpy())
-        if device.type != "cuda":
-            return clips.to(device), video, failed, None
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            moved = clips.to(device, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        return moved, video, failed, ready
+            before, requests = requests, self._requests(choice)
+            bad = [i for i, (was, now) in enumerate(zip(before, requests, strict=True)) if was != now]
+            again, failed = self._stage.take([requests[i] for i in bad], device)
+            clips[torch.tensor(bad).to(device)] = again
+        return clips
 
     def _gather(self, rows: Tensor, video: np.ndarray, frames: np.ndarray, device: torch.device) -> Tensor:
         """Take clips [B, T, ...] out of a tensor with a row for every frame of the set."""
@@ -378,6 +361,27 @@ class VideoSet:
         self.labels[self._plays == v] = self.labels[following]
         self._plays[self._plays == v] = following
 
+    def state(self) -> dict[str, Any]:
+        """What streaming found out, for ``restore``: which videos play in the place of others, and what was bad."""
+        others = np.flatnonzero(self._plays != np.arange(len(self)))
+        plays = [(int(v), int(self._plays[v])) for v in others]
+        return {"num_videos": len(self), "plays": plays, "bad": list(self.bad_videos)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Let the same videos play for the same others as when ``state`` was asked for.
+
+        Raises:
+            DataError: if the set has other videos now, so that other clips would be drawn.
+        """
+        if state["num_videos"] != len(self):
+            raise DataError(
+                f"{self.name} ({self.split}): has {len(self)} videos that can be decoded now, but had "
+                f"{state['num_videos']} when training was interrupted: bring those back, or start another run"
+            )
+        for v, other in state["plays"]:
+            self.labels[v], self._plays[v] = self.labels[other], other
+        self.bad_videos = list(dict([*self.bad_videos, *state["bad"]]).items())
+
 
 class _Choice(NamedTuple):
     """Which clips are meant, whatever plays in a video's place."""
@@ -393,51 +397,6 @@ class _Choice(NamedTuple):
     def positions(self) -> np.ndarray:
         """Where each is cropped along its longer side [B]."""
         return np.full(len(self.video_index), CENTRE) if self.position is None else self.position
-
-    def equals(self, other: _Choice) -> bool:
-        """Whether the same clips are meant."""
-        return all(
-            a is b or (a is not None and b is not None and np.array_equal(a, b))
-            for a, b in zip(self, other, strict=True)
-        )
-
-
-_Decoded = tuple[Tensor, np.ndarray, dict[int, UnreadableVideo], "torch.cuda.Event | None"]
-"""Clips, the video in each, why not by video, and when they are on the device."""
-
-
-class _Stage:
-    """A thread in which all streaming is done, so that the next clips are decoded and moved while others are used."""
-
-    def __init__(self) -> None:
-        self._process = 0
-        self._next: tuple[_Choice, Future[_Decoded]] | None = None
-
-    def _thread(self) -> ThreadPoolExecutor:
-        if self._process != os.getpid():  # threads do not live on in a forked process
-            self._pool, self._process, self._next = ThreadPoolExecutor(1, "tats-stage"), os.getpid(), None
-        return self._pool
-
-    def begin(self, choice: _Choice, decode: Callable[[], _Decoded]) -> None:
-        """Start on clips that will be asked for next, in place of any that nobody took."""
-        thread = self._thread()
-        if self._next is not None:
-            self._next[1].cancel()
-        self._next = choice, thread.submit(decode)
-
-    def take(self, choice: _Choice, decode: Callable[[], _Decoded]) -> _Decoded:
-        """The clips, on their way already or decoded now."""
-        thread = self._thread()
-        begun, self._next = self._next, None
-        if begun is not None and begun[0].equals(choice):
-            return begun[1].result()
-        if begun is not None:
-            begun[1].cancel()
-        return thread.submit(decode).result()
-
-    def alone(self, work: Callable[[], _T]) -> _T:
-        """Do something with the stream while nothing else does."""
-        return self._thread().submit(work).result()
 
 
 def write_bad_videos(folder: Path, *sets: VideoSet) -> None:
