@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from tats_env.processes import average
 from tats_env.task import MaskingTask
+
+Ratio = tuple[Tensor, Tensor]
+"""Numerator and denominator, scalars."""
 
 
 class Meter:
-    """Means of scalar tensors over many steps, summed on the device and read once."""
+    """Means of scalar tensors over many steps and all processes, summed on the device and read once."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.weights: dict[str, Tensor | float] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Count in one step's scalars."""
+    def add(self, values: Mapping[str, Tensor | Ratio]) -> None:
+        """Count in one step's scalars; of ratios, numerators and denominators are summed apart."""
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            x, weight = value if isinstance(value, tuple) else (value, 1.0)
+            self.sums[name] = self.sums[name] + x if name in self.sums else x.detach().float()
+            self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def means(self) -> dict[str, float]:
-        """Mean of each since the last call; waits for the device once."""
+        """Mean of each since the last call; waits for the device once, and for all processes, which call it alike."""
         if not self.sums:
             return {}
-        values = torch.stack(list(self.sums.values())).tolist()
-        means = {name: value / self.counts[name] for name, value in zip(self.sums, values, strict=True)}
-        self.sums, self.counts = {}, {}
+        sums = torch.stack(list(self.sums.values()))
+        weights = torch.stack([torch.as_tensor(x, dtype=sums.dtype, device=sums.device) for x in self.weights.values()])
+        average(sums, weights)
+        means = dict(zip(self.sums, (sums / weights).tolist(), strict=True))
+        self.sums, self.weights = {}, {}
         return means
 
 
@@ -40,17 +49,21 @@ def motion_lift(visible: Tensor, foreground: Tensor) -> Tensor:
         visible: bool [B, N].
         foreground: [B, N], share of each token's pixels on moving foreground.
     """
-    kept = (foreground * visible).sum() / visible.sum()
-    return kept / foreground.mean().clamp_min(1e-12)
+    among_visible, among_all = _shares_of_foreground(visible, foreground)
+    return among_visible / among_all
 
 
-def step_values(task: MaskingTask) -> dict[str, Tensor]:
-    """Scalars worth logging of the task's last decision; what its masks did only once these are complete."""
+def _shares_of_foreground(visible: Tensor, foreground: Tensor) -> Ratio:
+    return (foreground * visible).sum() / visible.sum(), foreground.mean().clamp_min(1e-12)
+
+
+def step_values(task: MaskingTask) -> dict[str, Tensor | Ratio]:
+    """What is worth logging of the task's last decision; what its masks did only once these are complete."""
     decision = task.decision
     assert decision is not None, "step_values() follows step()"
-    values = {"rollout/ep_rew_mean": task.horizon * decision.rewards.mean()}
+    values: dict[str, Tensor | Ratio] = {"rollout/ep_rew_mean": task.horizon * decision.rewards.mean()}
     if task.mask_complete:
         values["mask/reconstruction_error"] = decision.reconstruction.reconstruction_error.mean()
         if decision.foreground is not None:
-            values["mask/motion_lift"] = motion_lift(decision.visible, decision.foreground)
+            values["mask/motion_lift"] = _shares_of_foreground(decision.visible, decision.foreground)
     return values

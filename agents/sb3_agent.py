@@ -32,6 +32,7 @@ from typing_extensions import Self
 from agents.base import env_device, first_seed, open_env
 from agents.hooks import Hook, as_hooks
 from agents.sb3 import SB3VecEnv, SubsetActorCriticPolicy, to_host
+from tats_env.processes import num_processes
 from tats_env.rewards import import_object
 from tats_env.task import MaskingTask
 
@@ -183,7 +184,7 @@ class SB3Agent:
         **kwargs: of the algorithm.
 
     Raises:
-        ValueError: on settings that can't work, and if the buffer does not fit into memory.
+        ValueError: on settings that can't work, among several processes, or if the buffer does not fit into memory.
     """
 
     observation: ClassVar[str] = "tokens"
@@ -195,6 +196,8 @@ class SB3Agent:
         self.seed = seed
         self.num_timesteps = 0
         self.model: Any = None
+        if num_processes() > 1:
+            raise ValueError("stable-baselines3's algorithms know nothing of other processes: run this agent in one")
         if self.env is not None:
             self._adopt(self._make_model(policy, kwargs))
 

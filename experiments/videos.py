@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from experiments.distributed import num_started_here
 from experiments.schema import RunConfig
 from tats_env.data import VideoSet, open_dataset
 from tats_env.data.reader import num_cores
+from tats_env.processes import process_index
 
 
 class Videos:
@@ -46,10 +48,10 @@ class Videos:
                 augment=augment,
                 flip=flip,
                 decoder=loader.decoder,
-                workers=num_cores() if loader.workers is None else loader.workers,
+                workers=max(1, num_cores() // num_started_here()) if loader.workers is None else loader.workers,
                 cache=loader.cache,
                 cache_gb=loader.cache_gb,
-                progress=True,
+                progress=process_index() == 0,
             )
         return self._open[key]
 
