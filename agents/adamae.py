@@ -130,6 +130,16 @@ class AdaMAE(Stepwise):
         counts = {"train/grad_norm": norm, "train/skipped_updates": skipped, "train/learning_rate": rate}
         return counts | self.meter.means()
 
+    def state(self) -> dict[str, Any]:
+        """As of ``Resumable``, with weights and optimiser."""
+        return super().state() | {"weights": self.sampler.state_dict(), "guard": self._guard.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As of ``Resumable``."""
+        super().restore(state)
+        self.sampler.load_state_dict(state["weights"])
+        self._guard.restore(state["guard"])
+
     def save(self, path: str | Path) -> None:
         """Write the sampler and its settings to one safetensors file."""
         metadata = {"format": FORMAT, "settings": json.dumps(self.settings())}

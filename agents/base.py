@@ -20,6 +20,7 @@ from typing_extensions import Self
 from agents import AGENTS
 from agents.hooks import Hook, as_hooks
 from tats_env.keyed import keyed_bits, keyed_uniform
+from tats_env.processes import num_processes
 from tats_env.rewards import import_object
 from tats_env.vector_env import TATSMaskingVectorEnv
 
@@ -34,7 +35,8 @@ class Agent(Protocol):
     - ``observation``: ``"tokens"`` (the default), ``"pixels"`` or, for oracles, ``"foreground"``: what it wants to see;
     - ``suffix``: how the name of the file that ``save`` writes should end, such as ``".json"``;
     - ``logits(observation)``: a method -> [B, N], for the heat map;
-    - ``metrics()``: a method -> numbers for a log line, that raises if learning broke down.
+    - ``metrics()``: a method -> numbers for a log line, that raises if learning broke down;
+    - ``state()`` and ``restore(state)``: as ``Resumable`` has them, so that a run can be resumed.
 
     ``Stepwise`` is a base class with everything but the mask.
     """
@@ -155,7 +157,58 @@ class Draws:
         return keyed_uniform(key[:, None], each).view(num_envs, *shape)
 
 
-class Stepwise(ABC):
+class Resumable:
+    """What a checkpoint holds of an agent in the midst of ``learn``.
+
+    States are those of all processes, so that any number of them can take up what another number left.
+    """
+
+    env: Any
+    seed: int
+    draws: Draws
+    num_timesteps: int
+    _began = 0  # num_timesteps when the present ``learn`` began
+    _env_state: dict[str, Any] | None = None  # for ``learn`` to go on from
+
+    def state(self) -> dict[str, Any]:
+        """All that ``learn`` goes on from: tensors, numbers and strings in dicts and lists.
+
+        To be asked for by a hook after an update, once ``metrics`` were read.
+        """
+        return {
+            "num_timesteps": self.num_timesteps * num_processes(),
+            "began": self._began * num_processes(),
+            "draws": self.draws.count,
+            "task": self.env.unwrapped.task.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where ``state`` was asked for: a ``learn`` of as many clips as the one of then completes that one.
+
+        The environment's MAE must have been restored by then.
+        """
+        self.num_timesteps, self._began = state["num_timesteps"] // num_processes(), state["began"] // num_processes()
+        self.draws.count, self._env_state = state["draws"], state["task"]
+
+    def _begin(self, total_timesteps: int) -> tuple[Tensor, int]:
+        """The first observation of ``learn``, and ``num_timesteps`` at its end."""
+        state, self._env_state = self._env_state, None
+        if state is None:
+            self._began = self.num_timesteps
+        observation, _ = self.env.reset(seed=first_seed(self.seed), options=None if state is None else {"state": state})
+        return observation, self._began + total_timesteps
+
+
+def is_resumable(agent: Any) -> bool:
+    """Whether a checkpoint can hold all of an agent: it has a state, of its own if it learns in its own way."""
+    if not (callable(getattr(agent, "state", None)) and callable(getattr(agent, "restore", None))):
+        return False
+    kind = type(agent)
+    learns = isinstance(agent, Stepwise) and kind.after_step is not Stepwise.after_step
+    return not learns or kind.state is not Resumable.state
+
+
+class Stepwise(Resumable, ABC):
     """An agent that acts, and may learn, one step at a time. Give it ``scores``, and you have an ``Agent``.
 
     Whatever else a subclass's constructor takes by keyword must be kept under the same name: ``save`` writes it down.
@@ -179,8 +232,11 @@ class Stepwise(ABC):
     def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
         """Priorities [B, N] for an observation [B, T', S, D]; the highest stay visible."""
 
-    def after_step(self, observation: Tensor) -> None:  # noqa: B027 (most agents learn nothing)
-        """Learn from ``self.env.unwrapped.task.decision``, which came of the observation; by default nothing."""
+    def after_step(self, observation: Tensor) -> None:
+        """Learn from ``self.env.unwrapped.task.decision``, which came of the observation; by default nothing.
+
+        Whoever learns adds what it has learnt to ``state`` and ``restore``, or its runs can't be resumed.
+        """
 
     def learn(self, total_timesteps: int, callback: Hook | Sequence[Hook] | None = None) -> Self:
         """Step the environment for that many clips, calling the hooks.
@@ -191,8 +247,7 @@ class Stepwise(ABC):
         if self.env is None:
             raise ValueError("this agent was made or loaded without an environment: give env= to learn")
         hooks = as_hooks(callback)
-        observation, _ = self.env.reset(seed=first_seed(self.seed))
-        end = self.num_timesteps + total_timesteps
+        observation, end = self._begin(total_timesteps)
         while self.num_timesteps < end:
             following, reward, _, _, _ = self.env.step(self.scores(observation, False))
             self.num_timesteps += len(reward)

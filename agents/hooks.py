@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from agents.meter import Meter, step_values
+from tats_env.processes import num_processes
 from tats_env.wrappers import UpdateEvery
 
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import Logger
+
+    from tats_env.data.staging import WaitClock
 
 
 class Hook:
@@ -39,6 +42,14 @@ class MAEUpdateHook(Hook):
         """Update the MAE, if it is its turn."""
         self.updates.after_step(agent.env.unwrapped.mae)
 
+    def state(self) -> int:
+        """Steps so far, which ``restore`` takes."""
+        return self.updates.num_steps
+
+    def restore(self, state: int) -> None:
+        """Go on counting from there."""
+        self.updates.num_steps = state
+
 
 def as_hooks(callback: Hook | Sequence[Hook] | None) -> list[Hook]:
     """One hook, several or none, as a list."""
@@ -54,9 +65,12 @@ class LogHook(Hook):
     optimiser; ``mask/reconstruction_error`` under the agent's masks and, the yardstick beside it,
     ``mask/random_mask_error``, of the next clips under uniform masks; ``mask/motion_lift`` where the truth is known;
     ``mask/plackett_luce_entropy`` (summed conditional entropies of the K draws, nats) and ``mask/effective_tokens``
-    (exp of the entropy of one draw).
+    (exp of the entropy of one draw); ``time/data_wait``, the share of the time for which the device waited for clips.
 
     An agent adds numbers of its own by a method ``metrics()``.
+
+    Where several processes take part, each has this hook, and all come to a line at the same step: what is logged is
+    of all of them. Give those that write nothing a logger without outputs.
 
     Args:
         logger: stable-baselines3's; None prints a table.
@@ -70,11 +84,15 @@ class LogHook(Hook):
             logger = configure(None, ["stdout"])
         self.logger, self.every, self.iterations, self.steps = logger, every, 0, 0
         self.meter = Meter()
+        self.waits: WaitClock | None = None
         self.start = self.last = time.perf_counter()
         self.timesteps = 0
 
     def on_step(self, agent: Any) -> None:
         """Take down what came of a step."""
+        if self.waits is None:
+            self.waits = agent.env.unwrapped.task.videos.waits
+            self.waits.seconds()  # leaves out what others waited for the same set before
         self.steps += 1
         self.meter.add(step_values(agent.env.unwrapped.task))
 
@@ -83,21 +101,37 @@ class LogHook(Hook):
         self.iterations += 1
         if self.steps < self.every:
             return
+        assert self.waits is not None, "a step comes before an update"
         self.steps = 0
         env = agent.env.unwrapped
         # On the clips to come: an update has just fitted the MAE to those of this step.
-        yardstick = env.task.random_mask_error()
+        self.meter.add({"mask/random_mask_error": env.task.random_mask_error()})
         env.check()
         values = agent.metrics() if hasattr(agent, "metrics") else {}
-        values |= env.mae.metrics() | self.meter.means() | {"mask/random_mask_error": float(yardstick)}
-        now = time.perf_counter()
+        values |= env.mae.metrics() | self.meter.means()
+        now, timesteps = time.perf_counter(), agent.num_timesteps * num_processes()
         values |= {
-            "time/fps": (agent.num_timesteps - self.timesteps) / (now - self.last),
+            "time/fps": (timesteps - self.timesteps) / (now - self.last),
             "time/iterations": self.iterations,
+            "time/data_wait": self.waits.seconds() / (now - self.last),
             "time/time_elapsed": now - self.start,
-            "time/total_timesteps": agent.num_timesteps,
+            "time/total_timesteps": timesteps,
         }
-        self.last, self.timesteps = now, agent.num_timesteps
+        self.last, self.timesteps = now, timesteps
         for name, value in values.items():
             self.logger.record(name, value)
-        self.logger.dump(step=agent.num_timesteps)
+        self.logger.dump(step=timesteps)
+
+    def state(self) -> dict[str, float]:
+        """Its counts right after a line, which ``restore`` takes."""
+        return {
+            "iterations": self.iterations,
+            "timesteps": self.timesteps,
+            "seconds": time.perf_counter() - self.start,
+        }
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on counting from there, as though no time had passed since."""
+        self.iterations, self.timesteps = int(state["iterations"]), int(state["timesteps"])
+        self.last = time.perf_counter()
+        self.start = self.last - state["seconds"]

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
-from agents.base import Draws, env_device, first_seed, from_batch, open_env, to_batch
+from agents.base import Draws, Resumable, env_device, from_batch, open_env, to_batch
 from agents.credit import CREDITS, FORMS, Credit, clipped_surrogate, log_ratio, standardised, token_credit
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
@@ -91,7 +91,7 @@ def gae(rewards: Tensor, values: Tensor, ended: Tensor, last_value: Tensor, gamm
     return advantages
 
 
-class PPO:
+class PPO(Resumable):
     """Proximal policy optimisation of which tokens stay visible.
 
     Args:
@@ -215,15 +215,16 @@ class PPO:
                 f"micro_batch_size={self.micro_batch_size} does not divide an update's "
                 f"{clips_per_rollout // self.n_minibatches} decisions"
             )
-        end = self.num_timesteps + total_timesteps
+        observation, end = self._begin(total_timesteps)
         schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=max(2, total_timesteps // clips_per_rollout),
             lr_min=FINAL_LEARNING_RATE * self.learning_rate,
             t_in_epochs=False,
         )
-        observation, _ = self.env.reset(seed=first_seed(self.seed))
-        iteration = 0
+        iteration = (self.num_timesteps - self._began) // clips_per_rollout
+        if iteration:
+            schedule.step_update(iteration)
         while self.num_timesteps < end:
             rollout, observation = self._collect(observation, hooks)
             for hook in hooks:
@@ -253,6 +254,26 @@ class PPO:
     def metrics(self) -> dict[str, float]:
         """``check``'s numbers, and means since the last call of what each update measured. Waits for the device."""
         return self.check() | self.meter.means()
+
+    def state(self) -> dict[str, Any]:
+        """As of ``Resumable``, with weights, optimiser and the reward's statistics."""
+        return super().state() | {
+            "weights": self.policy.state_dict(),
+            "guard": self._guard.state(),
+            "reward": torch.stack([self._reward_mean, self._reward_variance, self._reward_weight]),
+            "num_updates": self.num_updates,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """As of ``Resumable``."""
+        super().restore(state)
+        self.policy.load_state_dict(state["weights"])
+        self._guard.restore(state["guard"])
+        statistics = self._reward_mean, self._reward_variance, self._reward_weight
+        for mine, value in zip(statistics, state["reward"], strict=True):
+            mine.copy_(value)
+        self.num_updates = state["num_updates"]
 
     def _evaluate(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, N] and values [B], float32, of an observation [B, T', S, D]; in bfloat16 inside on a GPU."""
@@ -290,7 +311,10 @@ class PPO:
             self.num_timesteps += len(reward)
             for hook in hooks:
                 hook.on_step(self)
-        observations, picks, logits, values = (torch.stack(x) for x in zip(*steps, strict=True))
+        observations, picks, logits, values = (
+            torch.stack(x) if len(x) > 1 else x[0][None]  # a view, for observations are large
+            for x in zip(*steps, strict=True)
+        )
         last_value = self._forward(observation)[1] if self.gamma else torch.zeros_like(values[0])
         advantages = gae(
             self._normalise(torch.stack(rewards)), values, torch.stack(ends), last_value, self.gamma, self.gae_lambda
@@ -405,8 +429,8 @@ class PPO:
 
     @torch.no_grad()
     def _measure_value(self, rollout: Rollout) -> None:
-        variance = rollout.returns.var(correction=0)
-        explained = 1 - (rollout.returns - rollout.value).var(correction=0) / variance.clamp_min(1e-12)
+        returns, value = gathered(rollout.returns), gathered(rollout.value)
+        explained = 1 - (returns - value).var(correction=0) / returns.var(correction=0).clamp_min(1e-12)
         self.meter.add({"train/explained_variance": explained})
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import platform
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +13,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
-from stable_baselines3.common.logger import CSVOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
+from safetensors import SafetensorError
+from stable_baselines3.common.logger import KVWriter, Logger
 
 from agents import AGENTS
-from agents.base import resolve_agent
-from agents.hooks import LogHook, MAEUpdateHook
+from agents.base import is_resumable, resolve_agent
+from agents.hooks import Hook, LogHook, MAEUpdateHook
 from agents.ppo import PPO, SETTINGS
+from experiments.checkpoints import (
+    FOLDER,
+    TERMINATED,
+    Checkpoints,
+    Curves,
+    Metrics,
+    Termination,
+    check_alike,
+    newest_checkpoint,
+    sync,
+    whole,
+)
 from experiments.config import dump_config
 from experiments.distributed import first_then_others, join, led_by_first, part
 from experiments.downstream import downstream, top1_figures
@@ -49,6 +63,9 @@ SHORT = 100_000
 """Clips under which a run is told not to expect features."""
 LOCK = ".lock"
 """Held in a run's folder for as long as its process lives."""
+GO_ON = "once they can, tats run with --resume goes on"
+TRAINED = "trained.json"
+"""In a sampler's folder once it is trained: figures of its training, and what streaming found out about the videos."""
 
 
 class Run:
@@ -59,15 +76,26 @@ class Run:
         console: where to tell of it.
         device: of this process; None is the configuration's.
         folder: the one that process 0 made; None makes it.
+        resumed: the folder of a run to go on with, in place of a new one.
     """
 
     def __init__(
-        self, config: RunConfig, console: Console, device: str | None = None, folder: Path | None = None
+        self,
+        config: RunConfig,
+        console: Console,
+        device: str | None = None,
+        folder: Path | None = None,
+        resumed: Path | None = None,
     ) -> None:
         self.config, self.console = config.model_copy(update={"device": device or config.device}), console
         self.leads = folder is None
+        self._first: tuple[MAELearner, Any] | None
         self.start = time.perf_counter()
         self.results: Results = {}
+        self.termination = Termination()
+        self.resumed = resumed is not None
+        if resumed is not None and self.leads:
+            self._lock(resumed)
         # What can be refused is refused before there is a folder.
         for key, resolve in (("reward", resolve_reward), ("device", resolve_device)):
             try:
@@ -88,11 +116,19 @@ class Run:
             for split, count in (("train", config.num_videos), ("validation", config.evaluate.num_videos)):
                 list_videos(data, split, count, progress=True)
         self._first = self._make(config.agent.class_)
-        self.folder = new_folder(Path(config.out), config.name)
-        self.lock = FileLock(self.folder / LOCK)
-        self.lock.acquire(blocking=False)
-        (self.folder / "config.yaml").write_text(dump_config(config))
+        if resumed is None:
+            self._lock(new_folder(Path(config.out), config.name))
+        with whole(self.folder / "config.yaml") as partial:
+            partial.write_text(dump_config(config))
         write_bad_videos(self.folder, *self.videos.opened())
+
+    def _lock(self, folder: Path) -> None:
+        """Make a folder this run's own, until its process ends."""
+        self.folder, self.lock = folder, FileLock(folder / LOCK)
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(f"{folder}: another tats is at work in this folder; wait for it, or end it") from None
 
     def _make(self, name: str) -> tuple[MAELearner, Any]:
         """An MAE, and the agent of that name in an environment around it, of this process's share of the clips."""
@@ -116,31 +152,75 @@ class Run:
         return folder, folder / "mae.safetensors", folder / f"policy{getattr(self.makers[name][0], 'suffix', '')}"
 
     def train(self, name: str, progress: RunProgress) -> None:
-        """Train the agent of that name with an MAE of its own."""
+        """Train the agent of that name with an MAE of its own, from where a checkpoint has it."""
         config = self.config
         folder, mae_file, policy_file = self._files(name)
+        first, self._first = self._first, None
+        if (folder / TRAINED).is_file():
+            self._take_up(json.loads((folder / TRAINED).read_text()), name)
+            progress.skip(config.steps * config.rounds)
+            return
+        mae, agent = first or self._make(name)
+        resumable = is_resumable(agent)
+        found = newest_checkpoint(folder / FOLDER, self.console) if resumable else None
+        step = found["step"] if found else 0
+        check_alike(step, mae.device)
+        if self.resumed and not resumable:
+            self.console.print(f"{name} keeps no state that could be gone on from, and begins anew", soft_wrap=True)
         outputs: list[KVWriter] = []
+        metrics: dict[str, Metrics] = {}
         if self.leads:
             folder.mkdir(exist_ok=True)
-            outputs = [CSVOutputFormat(str(folder / "metrics.csv")), TensorBoardOutputFormat(str(folder)), progress]
-        first, self._first = self._first, None
-        mae, agent = first or self._make(name)
+            metrics = {"metrics": Metrics(folder / "metrics.csv")}
+            outputs = [*metrics.values(), Curves(folder, step), progress]
         progress.start(name)
         # The display counts first: should the MAE's update or a log line raise, it tells the step that did. The MAE
         # learns from complete masks only.
-        updates = [] if config.mae.frozen else [MAEUpdateHook(config.mae.update_every * config.rounds)]
-        hooks = [progress, *updates, LogHook(Logger(str(folder), outputs), config.log_interval * config.rounds)]
-        start = time.perf_counter()
+        updates = {} if config.mae.frozen else {"updates": MAEUpdateHook(config.mae.update_every * config.rounds)}
+        log = LogHook(Logger(str(folder), outputs), config.log_interval * config.rounds)
+        hooks: list[Hook] = [*updates.values(), log]
+        if resumable:
+            parts: dict[str, Any] = {"mae": mae, "agent": agent, "log": log, **updates, **metrics}
+            checkpoints = Checkpoints(
+                folder / FOLDER, parts, log, config.checkpoint_minutes, self.termination, self.console, self.leads
+            )
+            hooks = checkpoints.around(*updates.values())
+            if found:
+                checkpoints.restore(found)
+                progress.skip(step // config.batch_size)
+                self.start -= found["log"]["seconds"]
+                self.console.print(f"{name} goes on from step {step // config.batch_size}", soft_wrap=True)
+        self.termination.waits = resumable
         try:
-            agent.learn(config.steps * config.rounds * agent.env.num_envs, hooks)
+            agent.learn(config.steps * config.rounds * agent.env.num_envs, [progress, *hooks])
         finally:
-            seconds = (time.perf_counter() - start) / config.steps
+            self.termination.waits = False
+            seconds = (time.perf_counter() - log.start) / config.steps
             if self.leads:
-                save_learner(mae, mae_file)
-                agent.save(policy_file)
+                try:
+                    save_learner(mae, mae_file)
+                    agent.save(policy_file)
+                except (OSError, SafetensorError) as error:
+                    raise ConfigError(f"{folder}: weights can't be written: {error}; {GO_ON}") from error
             for output in outputs[:2]:
                 output.close()
         self.results[name] = {"seconds_per_step": seconds, "mae_updates": mae.num_updates}
+        if self.leads:
+            for path in (mae_file, policy_file):
+                if path.is_file():
+                    sync(path)
+            with whole(folder / TRAINED) as partial:
+                partial.write_text(json.dumps({"results": self.results[name], "videos": self.train_set.state()}))
+            shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        if self.termination.asked:
+            raise SystemExit(TERMINATED)
+
+    def _take_up(self, trained: dict[str, Any], name: str) -> None:
+        """What is known of the training of that name, which was finished before."""
+        check_alike(-1, resolve_device(self.config.device))
+        self.results[name] = trained["results"]
+        self.train_set.restore(trained["videos"])
+        self.start -= trained["results"]["seconds_per_step"] * self.config.steps
 
     def evaluate(self, name: str) -> None:
         """Measure what the agent of that name and its MAE are worth, as they were saved."""
@@ -168,9 +248,8 @@ class Run:
         packages = ("torch", "gymnasium", "stable-baselines3", "timm", "numpy")
         versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
         summary = {**self.results, "wall_seconds": time.perf_counter() - self.start, "versions": versions, **more}
-        partial = self.folder / "summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-        partial.replace(self.folder / "summary.json")  # whole or not there: who resumes goes by it
+        with whole(self.folder / "summary.json") as partial:  # who resumes goes by it
+            partial.write_text(json.dumps(summary, indent=2) + "\n")
 
     def table(self) -> Table:
         """The samplers side by side."""
@@ -328,16 +407,25 @@ def new_folder(out: Path, name: str) -> Path:
     raise FileExistsError(f"{out} holds thousands of runs called {name}; give --out another folder")
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, resumed: Path | None = None) -> int:
     """Carry out a run; returns the exit code, 130 after Ctrl-C, which leaves what there is in the run's folder.
+
+    Args:
+        config: what to do.
+        resumed: the folder of a run to go on with; None begins one.
+
+    Raises:
+        SystemExit: with 143, after SIGTERM: what is in training then waits for its next line of metrics, and leaves a
+            checkpoint.
 
     Each of the processes that torchrun started is to call this. All samplers are trained first; then process 0 goes on
     alone, so that nobody waits for it through hours of evaluation.
     """
     device = join(config)
     console = Console(quiet=process_index() > 0)
-    with led_by_first():
-        this = first_then_others(lambda folder: Run(config, console, device, folder), lambda made: made.folder)
+    with led_by_first(), Termination() as termination:
+        this = first_then_others(lambda folder: Run(config, console, device, folder, resumed), lambda made: made.folder)
+        this.termination = termination
         console.print(f"Run folder: {this.folder}", soft_wrap=True)
         progress = RunProgress(console, config.steps * config.rounds * len(this.makers))
         try:

@@ -326,6 +326,8 @@ class RunConfig(Section):
     """Consecutive clips of one video in an episode."""
     log_interval: PositiveInt = 10
     """Steps between two lines of metrics."""
+    checkpoint_minutes: NonNegativeFloat = 5.0
+    """Training that a crash can cost, in minutes: after that long, a checkpoint comes with the next line of metrics."""
     out: str = "runs"
     """Folder in which the run's own folder is made."""
     clip: ClipConfig = ClipConfig()
@@ -372,8 +374,8 @@ class RunConfig(Section):
             raise ValueError(f"horizon: {self.horizon} is given beside rounds = {self.rounds}; set one of them to 1")
         if self.rounds > 1 and self.mae.decode_ratio < 1:
             raise ValueError(
-                f"mae.decode_ratio: {self.mae.decode_ratio} is given beside rounds = {self.rounds}, whose reward is the "
-                "fall of the error of all hidden tokens; give 1.0"
+                f"mae.decode_ratio: {self.mae.decode_ratio} is given beside rounds = {self.rounds}, whose reward "
+                "is the fall of the error of all hidden tokens; give 1.0"
             )
         if self.rounds > 1 and self.finetune.sampler == "policy":
             raise ValueError(

@@ -77,6 +77,18 @@ class GuardedOptimizer:
         self.discard()
         return loss, broken
 
+    def state(self) -> dict[str, Any]:
+        """What ``restore`` needs, between two steps."""
+        counts = torch.stack([self.skipped_in_a_row, self.skipped, self.grad_norm])
+        return {"optimizer": self.optimizer.state_dict(), "counts": counts}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where ``state`` was asked for, on whatever device that was."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for mine, count in zip((self.skipped_in_a_row, self.skipped, self.grad_norm), state["counts"], strict=True):
+            mine.copy_(count)
+
     def report(self, what: str, remedy: str) -> tuple[float, float]:
         """(gradient norm of the last step, steps skipped so far); waits for the device.
 

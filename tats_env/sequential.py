@@ -55,9 +55,9 @@ class SequentialTask(MaskingTask):
         shape = (steps, positions, width + 1 + self.grid.patch_dim)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
 
-    def begin_episode(self) -> None:
-        """Draw every environment's next clip, of which nothing is visible yet."""
-        super().begin_episode()
+    def _load(self) -> None:
+        super()._load()
+        # Of a new clip nothing is visible yet
         self._reveal(self.shown[:, :0], self.mae.errors(self.clips, self.shown[:, :0], keep_prediction=True))
 
     def advance(self) -> None:
@@ -78,6 +78,9 @@ class SequentialTask(MaskingTask):
         self._reveal(visible, self.decision.reconstruction)
         self.mask_complete = self.episode_ends
         return rewards
+
+    def _sees_with(self) -> dict[str, Tensor]:
+        return self.mae.model.state_dict()
 
     def _reveal(self, visible: Tensor, found: Reconstruction) -> None:
         # Kept rather than found again in the next round, when an update may have changed the MAE: so returns telescope.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -76,10 +77,19 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         self.task = self.task_class(num_envs, **options)
         self.single_observation_space: gym.Space[Any] = self.task.observation_space
         self.single_action_space: gym.Space[Any] = self.task.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
         self._seeded = False
         self._num_nan = torch.zeros((), dtype=torch.int64, device=self.task.device)
+
+    # Their bounds take up as much as several batches of observations, and our own agents never ask.
+    @cached_property
+    def observation_space(self) -> gym.Space[Any]:  # type: ignore[override]
+        """Of a batch of observations, [B, T', S, D]."""
+        return batch_space(self.single_observation_space, self.num_envs)
+
+    @cached_property
+    def action_space(self) -> gym.Space[Any]:  # type: ignore[override]
+        """Of a batch of actions, [B, N]."""
+        return batch_space(self.single_action_space, self.num_envs)
 
     @property
     def mae(self) -> MAELearner:
@@ -89,7 +99,10 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Array]]:
-        """Draw the first clip of every environment's next episode; seeds start their sequences of episodes anew."""
+        """Draw the first clip of every environment's next episode; seeds start their sequences of episodes anew.
+
+        With `options={"state": state}`, of `task.state()`, the sequences of these seeds go on from where that was.
+        """
         seeds = [seed] * self.num_envs if seed is None or isinstance(seed, (int, np.integer)) else list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: give one to each")
@@ -99,9 +112,12 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         if seed is not None or not self._seeded:
             self.task.seed([int(self.np_random.integers(1 << 62)) if s is None else int(s) for s in seeds])
             self._seeded = True
-        self.task.begin_episode()
         self.task.decision = None
-        self._observation = self._out(self.task.observe())
+        if options and "state" in options:
+            self._observation = self._out(self.task.restore(options["state"]))
+        else:
+            self.task.begin_episode()
+            self._observation = self._out(self.task.observe())
         return self._own(self._observation), self._out(self.task.identity_info())
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:

@@ -145,7 +145,9 @@ class MAELearner:
             learning_rate = shape.learning_rate
         if learning_rate is None:
             learning_rate = (1.5e-4 if base_learning_rate is None else base_learning_rate) * batch_size / 256
-        with torch.random.fork_rng(devices=[]):
+        # Drawn on the CPU, and the same on every device; where there are no values, nothing is drawn
+        home = self.device if self.device.type == "meta" else torch.device("cpu")
+        with torch.random.fork_rng(devices=[]), home:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU as well
             self.model = VideoMAE(grid, shape).to(self.device)
         self.model.checkpointing = checkpointing
@@ -352,3 +354,22 @@ class MAELearner:
             "mae/skipped_updates": skipped,
             "mae/n_updates": float(self.num_updates),
         }
+
+    def state(self) -> dict[str, Any]:
+        """All that training goes on from after an update: weights, optimiser and counts, which ``restore`` takes."""
+        return {
+            "weights": self.model.state_dict(),
+            "guard": self._guard.state(),
+            "losses": torch.stack([self._loss_sum, self._loss_count]),
+            "num_updates": self.num_updates,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where ``state`` was asked for; a learner made with the same settings then goes on alike."""
+        self._forget()
+        self.model.load_state_dict(state["weights"])
+        self._guard.restore(state["guard"])
+        self._loss_sum.copy_(state["losses"][0])
+        self._loss_count.copy_(state["losses"][1])
+        self.num_updates = state["num_updates"]
