@@ -389,6 +389,27 @@ def test_checkpoints_are_whole_or_not_there_and_the_last_ones_are_kept(tmp_path:
     ]
 
 
+def test_a_checkpoint_is_whole_whenever_its_writer_is_killed(tmp_path: Path) -> None:
+    folder, moments, step = tmp_path / FOLDER, random.Random(0), 0
+    for _ in range(10):
+        if not (child := os.fork()):
+            with contextlib.suppress(BaseException):
+                while True:
+                    step += 1
+                    write_checkpoint(folder, step, {"x": torch.full((200_000,), float(step))})
+            os._exit(1)
+        time.sleep(moments.uniform(0.02, 0.12))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        console = Console(file=io.StringIO())
+        found = newest_checkpoint(folder, console)
+        assert not console.file.getvalue()  # type: ignore[attr-defined]
+        if found:
+            assert found["step"] >= step and (found["x"] == found["step"]).all()
+            step = found["step"]
+    assert step > 10
+
+
 def test_a_full_disk_costs_checkpoints_and_is_named_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
