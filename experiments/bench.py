@@ -36,6 +36,7 @@ from experiments.bench_rows import (
     table,
 )
 from experiments.bench_schema import BenchConfig, FeedConfig
+from experiments.checkpoints import whole
 from experiments.config import dump_config, to_values
 from experiments.growth import predicted
 from experiments.operations import Counts, count
@@ -170,9 +171,8 @@ class Bench:
             "rows": {name: row | more.get(name, {}) for name, row in results.items()},
             "growth": report.growth(results, self.config, self.run),
         }
-        partial = self._path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(self._path)
+        with whole(self._path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
 
     def left(self) -> list[str]:
         """Rows without a result, failures not among them."""

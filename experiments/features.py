@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from filelock import FileLock
 from rich.progress import track
 from torch import Tensor
 
+from experiments.checkpoints import whole
 from tats_env.data import VideoSet
 from tats_env.mae import MAELearner
 
@@ -208,26 +207,12 @@ class _Cache:
         if tokens:
             header = {"descr": "<f2", "fortran_order": False, "shape": self._shape}
             # Written rather than mapped, for a full disk kills whoever writes to a map
-            with _replacing(self._tokens) as file:
+            with whole(self._tokens) as partial, partial.open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 pooled, failed = _encode(encoded, batch_size, lambda x: file.write(x.tobytes()), progress)
         else:
             pooled, failed = _encode(encoded, batch_size, None, progress)
-        with _replacing(self._pooled) as file:
+        with whole(self._pooled) as partial, partial.open("wb") as file:
             np.save(file, pooled)
-        with _replacing(self._record) as file:
-            file.write(json.dumps({"of": self._key, "failed": failed}, indent=2).encode())
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name only when it is whole and on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with whole(self._record) as partial:
+            partial.write_text(json.dumps({"of": self._key, "failed": failed}, indent=2))

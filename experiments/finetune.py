@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import reprlib
 import time
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from agents.base import Agent
+from experiments.checkpoints import whole
 from experiments.classifier import PolicySampler, VideoClassifier, choose_tokens, tokens_kept
 from experiments.features import labelled
 from experiments.multi_view import class_scores, plot_tokens_kept
@@ -138,7 +138,7 @@ def finetune(
         "train_seconds": sum(float(row["seconds"]) for row in training.rows),
         "test_seconds": time.perf_counter() - start,
     }
-    with _whole(folder / "finetune.json") as partial:
+    with whole(folder / "finetune.json") as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -301,7 +301,7 @@ class _Training:
             yield
 
     def _write_metrics(self) -> None:
-        with _whole(self.folder / "metrics.csv") as partial, partial.open("w", newline="") as file:
+        with whole(self.folder / "metrics.csv") as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
@@ -314,7 +314,7 @@ class _Training:
                 for key, value in self.optimizer.state[parameter].items():
                     tensors[f"optimizer.{key}.{name}"] = value
         metadata = {"format": FORMAT, "epoch": str(self.epoch), "settings": json.dumps(self.settings)}
-        with _whole(self.folder / CHECKPOINT) as partial:
+        with whole(self.folder / CHECKPOINT) as partial:
             save_file({name: x.contiguous() for name, x in tensors.items()}, str(partial), metadata)
 
     def _resume(self) -> int:
@@ -371,13 +371,3 @@ def mix(mixup: Mixup, pixels: Tensor, labels: Tensor, seed: int) -> tuple[Tensor
     finally:
         np.random.set_state(state)
     return images.unflatten(1, (-1, 3)).movedim(2, 4), targets
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path beside ``path``, for a file that takes its place once it is written and on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
