@@ -25,8 +25,8 @@ class TrajectoryAttention(nn.Module):
 
     The same function is computed without projecting the N * T' trajectory tokens: <W_q a, W_k b> equals
     <W_k^T W_q a, b>, so W_k is folded into the N queries, and W_v with its bias commutes with the temporal
-    sum, whose weights sum to 1. No tensor is larger than the N * T' * D trajectory tokens of a clip (or the
-    3 * N * D queries, keys and values, if T' < 3); nothing is N x N.
+    sum, whose weights sum to 1. No tensor is larger than the N * T' * D trajectory tokens of a clip or its
+    N * heads * D folded queries (or the 3 * N * D queries, keys and values); nothing is N x N.
 
     Args:
         dim: D, the width of a token.
@@ -77,17 +77,12 @@ class TrajectoryAttention(nn.Module):
 
     def _attend_time(self, own: Tensor, trajectories: Tensor) -> Tensor:
         """Pool trajectory tokens y~ [N * B, T', D] by the queries' own ones [N * B, D] -> [N * B, D]."""
-        steps, heads = trajectories.shape[1], self.num_heads
-        query = self.proj_q(own).unflatten(-1, (heads, -1)) * (self.dim // heads) ** -0.5
-        per_head = [projection.weight.unflatten(0, (heads, -1)) for projection in (self.proj_k, self.proj_v)]
-        pooled = []
-        # A folded query has D values a head, so T' heads at a time are as large as the trajectory tokens.
-        for q, w_k, w_v in zip(query.split(steps, 1), *(w.split(steps) for w in per_head), strict=True):
-            folded = torch.einsum("nhe,hed->nhd", q, w_k)
-            weights = torch.einsum("nhd,nud->nhu", folded, trajectories).softmax(-1)
-            summed = torch.einsum("nhu,nud->nhd", weights, trajectories)
-            pooled.append(torch.einsum("nhd,hed->nhe", summed, w_v))
-        return torch.cat(pooled, 1).flatten(1) + self.proj_v.bias
+        query = self.proj_q(own).unflatten(-1, (self.num_heads, -1)) * (self.dim // self.num_heads) ** -0.5
+        w_k, w_v = (x.weight.unflatten(0, (self.num_heads, -1)) for x in (self.proj_k, self.proj_v))
+        folded = torch.einsum("nhe,hed->nhd", query, w_k)
+        weights = torch.einsum("nhd,nud->nhu", folded, trajectories).softmax(-1)
+        summed = torch.einsum("nhu,nud->nhd", weights, trajectories)
+        return torch.einsum("nhd,hed->nhe", summed, w_v).flatten(1) + self.proj_v.bias
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -59,7 +59,11 @@ class TrajectoryPolicy(nn.Module):
             "logit_cap": logit_cap,
         }
         self.logit_cap = logit_cap
-        self.embed = nn.Sequential(nn.LayerNorm(observation_shape[-1]), nn.Linear(observation_shape[-1], width))
+        channels = observation_shape[-1]
+        # The projection can do all that a scale and a shift of the norm's own could, which would need the gradient of
+        # something as large as the observation
+        norm = nn.LayerNorm(channels, elementwise_affine=False)
+        self.embed = nn.Sequential(norm, nn.Linear(channels, width))
         self.blocks = nn.Sequential(*(TrajectoryBlock(width, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.actor = nn.Linear(width, 1, bias=False)  # which would move all logits alike, and the mean is taken off

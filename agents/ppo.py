@@ -31,7 +31,7 @@ from tats_env.mae.checkpoint import read_checkpoint
 from tats_env.precision import autocast
 from tats_env.processes import average, gathered, process_index
 
-FORMAT = "tats-env ppo 1"
+FORMAT = "tats-env ppo 2"
 FINAL_LEARNING_RATE = 0.1
 """Of the cosine, as a share of the learning rate."""
 REWARD_DECAY = 0.99

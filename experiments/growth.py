@@ -11,10 +11,12 @@ from math import log
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from agents.attention import TrajectoryAttention
 from experiments.config import load_config
 from experiments.estimate import HELD, MAE_PARTS, Step, seconds
-from experiments.operations import H100_BYTES, H100_FLOPS
+from experiments.operations import H100_BYTES, H100_FLOPS, count
 from experiments.schema import RunConfig
 
 RECIPE = "kinetics400"
@@ -105,6 +107,22 @@ def _table(*rows: Sequence[object]) -> Iterator[str]:
     yield ""
 
 
+def _alone() -> Iterator[list[object]]:
+    """Trajectory attention with its gradient, and the environment under random scores while nothing learns."""
+    attention = TrajectoryAttention(768, 12).to("meta")
+    tokens = torch.empty(16, 8, 196, 768, device="meta", requires_grad=True)
+    step = Step(load_config(RECIPE, ["--batch-size", "64"]))
+    step.mae.train(False)
+    step.env.reset(seed=0)
+    scores = torch.empty((64, step.mae.grid.num_tokens), device="meta")
+    for what, clips, act in (
+        ("trajectory attention, 768 wide, 12 heads, 16 clips", 16, lambda: attention(tokens).sum().backward()),
+        ("environment, batch 64", 64, lambda: step.env.step(scores)),
+    ):
+        time = seconds(count(act))
+        yield [what, f"{1e3 * time:.1f}", f"{clips / time:.0f}"]
+
+
 def report() -> Iterator[str]:
     """The tables, in Markdown, line by line."""
     steps = {
@@ -123,6 +141,7 @@ def report() -> Iterator[str]:
         ["matrix utilisation", *(f"{step.utilisation:.0%}" for step in steps.values())],
         ["peak GiB", *(f"{step.peak_bytes / 2**30:.1f}" for step in steps.values())],
     )
+    yield from _table(["alone", "ms", "clips/s"], *_alone())
     rows: list[list[object]] = [["growth with", "", "tokens", "M parameters", "ms a step", "clips/s", "GiB"]]
     for what, settings in GROWTH.items():
         found = [predicted(load_config(RECIPE, overrides)) for _, overrides in settings]

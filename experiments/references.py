@@ -102,7 +102,10 @@ def huggingface_step(
     Raises:
         ImportError: without ``transformers``.
     """
-    from transformers import VideoMAEConfig, VideoMAEForPreTraining
+    try:
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining
+    except ImportError as error:
+        raise ImportError("needs transformers: pip install 'tats-env[bench]'") from error
 
     config = VideoMAEConfig(
         image_size=grid.height, patch_size=grid.patch_size, num_frames=grid.num_frames, tubelet_size=grid.tubelet_size,

@@ -107,13 +107,13 @@ def test_each_clip_is_attended_on_its_own() -> None:
 
 
 @pytest.mark.parametrize(("steps", "heads"), [(3, 2), (2, 4), (1, 4)])
-def test_no_tensor_is_larger_than_the_trajectory_tokens(steps: int, heads: int) -> None:
+def test_no_tensor_is_larger_than_trajectory_tokens_or_folded_queries(steps: int, heads: int) -> None:
     batch, positions, dim = 2, 30, 8
     tokens = steps * positions
     module = make(dim, heads, torch.float32)
     x = torch.randn(batch, steps, positions, dim)
-    # below three steps the fused projection to queries, keys and values is the larger one
-    bound = batch * tokens * dim * max(steps, 3)
+    # with fewer than three steps and heads the fused projection to queries, keys and values is the larger one
+    bound = batch * tokens * dim * max(steps, heads, 3)
     assert largest(lambda y: literal(module, y), x) >= batch * heads * tokens * tokens > bound
     assert largest(module, x) <= bound
 

@@ -265,7 +265,7 @@ def test_saved_agent_comes_back_with_its_settings_and_predictions(tmp_path) -> N
     from tats_env.mae import save_learner
 
     save_learner(env.mae, tmp_path / "mae.safetensors")
-    with pytest.raises(ValueError, match="not a checkpoint of format 'tats-env ppo 1'"):
+    with pytest.raises(ValueError, match="not a checkpoint of format 'tats-env ppo 2'"):
         PPO.load(tmp_path / "mae.safetensors")
 
 
