@@ -114,6 +114,8 @@ class Bench:
             raise ConfigError(f"{self.folder}: another tats bench is at work here; wait, or give --name") from None
         (self.folder / "config.yaml").write_text(dump_config(config))
         self.about = {"device": device_name(self.device), "versions": versions()}
+        name = str(self.about["device"])
+        self.place = "CPU" if not self.on_gpu else "H100" if "H100" in name else name
         self.keys = {row.name: self._key(group, row) for group in self.groups for row in group.rows}
         self.results = self._found()
         self._videos: tuple[Any, VideoSet | None] = None, None
@@ -153,11 +155,12 @@ class Bench:
         self.console.print(head, soft_wrap=True, highlight=False)
         code = 0
         try:
-            self.carry_out(deadline)
+            self.carry_out(deadline, command)
         except KeyboardInterrupt:
             code = 130
-        self.write()
-        self.finish(command)
+        finally:
+            self.write()
+            self.finish(command)
         return code or int(any("error" in row for row in self.results.values()))
 
     def write(self) -> None:
@@ -167,7 +170,7 @@ class Bench:
         content = {
             **self.about,
             "config": to_values(self.config),
-            "goals": report.judge(results, self.run, self.on_gpu),
+            "goals": report.judge(results, self.run, self.place),
             "rows": {name: row | more.get(name, {}) for name, row in results.items()},
             "growth": report.growth(results, self.config, self.run),
         }
@@ -188,8 +191,11 @@ class Bench:
             again += [group._replace(rows=failed)] if failed else []
         return fresh + again
 
-    def carry_out(self, deadline: float) -> None:
-        """Measure what is not measured, and write down each row as it is done; no row is started after the deadline."""
+    def carry_out(self, deadline: float, command: str) -> None:
+        """Measure what is not measured, and write down each row as it is done; no row is started after the deadline.
+
+        The tables are shown once all that goals are read off is measured, and not only at the very end.
+        """
         progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
             console=self.console, disable=not self.console.is_terminal,
@@ -197,9 +203,13 @@ class Bench:
         done = len(self.names) - len(self.left())
         task = progress.add_task("rows", total=len(self.names), completed=done)
         with progress:
+            goals_before = False
             for group in self.waiting():
                 if time.monotonic() >= deadline:
                     break
+                if goals_before and not group.goals:
+                    self.finish(command)
+                goals_before = group.goals
                 for name, result, seconds in self._measured(
                     group, deadline, lambda name: progress.update(task, description=name)
                 ):
@@ -214,14 +224,18 @@ class Bench:
         self, group: Group, deadline: float, begins: Callable[[str], None]
     ) -> Iterator[tuple[str, report.Result, float]]:
         """(name, result, seconds it took) of the group's rows; those timed in turn come together."""
-        if self.on_gpu:
-            gc.collect()
-            torch.cuda.empty_cache()
-        if group.run.compile:
-            torch.compiler.reset()  # else the compiled forms of earlier groups count against the limit of one function
-        setting = None if group.predicted else Setting(group.run, self._open(group.run))
+        try:
+            if self.on_gpu:
+                gc.collect()
+                torch.cuda.empty_cache()
+            if group.run.compile:
+                torch.compiler.reset()  # else compiled forms of earlier groups count against the limit of one function
+            setting = None if group.predicted else Setting(group.run, self._open(group.run))
+            before = torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
+        except Exception as error:  # videos that can't be made, a GPU that is lost
+            yield from ((row.name, _failure(error), 0.0) for row in group.rows)
+            return
         together = not self.on_gpu or group.feed is not None
-        before = torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
         # In turn on a CPU, whose speed drifts; alone on a GPU, whose memory is counted.
         for rows in [group.rows] if together else [[row] for row in group.rows]:
             if time.monotonic() >= deadline:
@@ -277,10 +291,15 @@ class Bench:
 
         def end(row: Row) -> None:
             found, watch = results[row.name], watches[row.name]
+            found |= self._about(row, setting.run) | {"flops": None, "bytes": None}
             found["seconds"] = watch.timing()._asdict()
-            counts = operations(row, setting, watch.step)
+            try:
+                counts = operations(row, setting, watch.step)
+            except Exception as error:  # it leans on what torch does inside, and the time holds without it
+                found["not_counted"] = _failure(error)["error"]
+                return
             found["peak_bytes"] = found["peak_bytes"] or counts.peak_bytes
-            found |= self._about(row, setting.run) | {"flops": counts.flops, "bytes": counts.bytes}
+            found |= {"flops": counts.flops, "bytes": counts.bytes}
 
         for work in (begin, *[repeat] * self.config.repeats, end):
             for row in rows:
@@ -341,7 +360,7 @@ class Bench:
             (
                 "goals",
                 ["goal", "bound", "measured", ""],
-                report.goal_cells(report.judge(results, self.run, self.on_gpu)),
+                report.goal_cells(report.judge(results, self.run, self.place)),
             ),
             (
                 "growth",

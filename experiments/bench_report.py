@@ -47,9 +47,11 @@ def clips_a_second(results: Results, name: str) -> float:
 
 
 def flops_a_second(results: Results, name: str) -> float:
-    """A row's operations a second; KeyError if it was not measured."""
-    flops: float = results[name]["flops"] / median(results, name)
-    return flops
+    """A row's operations a second; KeyError if it was not measured, or could not be counted."""
+    flops: float | None = results[name]["flops"]
+    if flops is None:
+        raise KeyError(name)
+    return flops / median(results, name)
 
 
 class Goal(NamedTuple):
@@ -99,14 +101,18 @@ _PLACES = {"H100": ("base", 16, 224, 16, 0.95), "CPU": ("tiny", 16, 32, 8, 0.9)}
 """MAE, frames, pixels, patch and mask ratio that the goals are set for."""
 
 
-def judge(results: Results, run: RunConfig, on_gpu: bool) -> list[dict[str, Any]]:
-    """Each goal with what was measured, and whether it is met; None with a reason where that can't be said."""
+def judge(results: Results, run: RunConfig, place: str) -> list[dict[str, Any]]:
+    """Each goal with what was measured, and whether it is met; None with a reason where that can't be said.
+
+    Args:
+        place: ``H100``, ``CPU`` or another GPU's name.
+    """
     clip = run.clip
     shape = run.mae.size, clip.num_frames, clip.size, clip.patch_size, run.mask_ratio
     judged = []
     for goal in GOALS:
         verdict: dict[str, Any] = {"goal": goal.what, "bound": goal.text, "measured": None, "met": None}
-        if (goal.place == "H100") != on_gpu:
+        if goal.place != place:
             verdict["why"] = f"needs {'an H100' if goal.place == 'H100' else 'a CPU'}"
         elif shape != _PLACES[goal.place]:
             size, frames, pixels, patch, ratio = _PLACES[goal.place]
@@ -150,9 +156,9 @@ def derived(results: Results) -> dict[str, Result]:
             more["clips_per_second"] = clips_a_second(results, name)
         if result["flops"]:
             more["tflops_per_second"] = flops_a_second(results, name) / 1e12
-            if "seconds" in results.get(MATRIX, {}) and seconds["repeats"]:
+            if results.get(MATRIX, {}).get("flops") and seconds["repeats"]:
                 more["share_of_ceiling"] = flops_a_second(results, name) / flops_a_second(results, MATRIX)
-        if name == COPY:
+        if name == COPY and result["bytes"]:
             more["gigabytes_per_second"] = result["bytes"] / median(results, name) / 1e9
         more["ratios"] = {
             other: clips_a_second(results, name) / clips_a_second(results, other)
@@ -183,6 +189,8 @@ def cells(results: Results) -> list[list[str]]:
         said = [f"{ratio:.2f} x {_short(other)}" for other, ratio in extra["ratios"].items()]
         if "share_of_step" in extra:
             said.append(f"{extra['share_of_step']:.1%} of the step")
+        if "not_counted" in result:
+            said.append(f"operations not counted: {result['not_counted']}")
         if "data_wait" in result:
             said.append(f"waits for clips {result['data_wait']:.0%} of the time")
         if "gigabytes_per_second" in extra:

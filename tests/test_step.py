@@ -14,6 +14,7 @@ from agents.base import Draws, Stepwise
 from agents.heuristics import BlockMask, FrameMask, MotionMask, RandomMask, TubeMask
 from agents.hooks import LogHook, MAEUpdateHook
 from agents.ppo import PPO
+from tats_env.data import VideoSet, open_dataset
 from tats_env.grid import TokenGrid, hidden_tokens, visible_mask
 from tats_env.mae import MAELearner, MAESize
 from tats_env.rewards import Decision
@@ -35,6 +36,11 @@ def make_env(num_envs: int = 4, mae: MAELearner | None = None, **options: Any) -
     return TATSMaskingVectorEnv(
         num_envs, mae=mae or learner(), **{**CLIPS, "reward": "reconstruction_error", **options}
     )
+
+
+def cropped_videos() -> VideoSet:
+    shape: Any = {"num_frames": 8, "frame_stride": 1, "size": (16, 16), "num_videos": 15}
+    return open_dataset("motion", split="train", **shape, augment="multi_scale")
 
 
 def some_clips(batch: int = 4) -> Tensor:
@@ -69,7 +75,7 @@ def waits(decision: Decision) -> Tensor:
         (PPO, {"policy_kwargs": SMALL, "micro_batch_size": 2}, {"mae": {"decode_ratio": 0.5, "micro_batch_size": 2}}),
         (PPO, {"policy_kwargs": SMALL, "gamma": 1.0}, {"rounds": 2}),
         (AdaMAE, {}, {"mae": {"checkpointing": True}}),
-        (RandomMask, {}, {}),
+        (RandomMask, {}, {"dataset": "cropped"}),
         (TubeMask, {}, {}),
         (FrameMask, {}, {}),
         (BlockMask, {}, {}),
@@ -79,6 +85,8 @@ def waits(decision: Decision) -> Tensor:
 def test_nothing_in_the_loop_waits_for_the_device(agent_class: Any, settings: Any, options: dict[str, Any]) -> None:
     # On `meta` tensors have no values: item(), tolist(), cpu(), a tensor as a condition or as a shape all raise.
     options = dict(options)
+    if options.get("dataset") == "cropped":
+        options["dataset"] = cropped_videos()
     mae = learner(device="meta", **options.pop("mae", {}))
     if "rounds" in options:
         env: Any = TATSMaskingSequentialVectorEnv(4, mae=mae, **CLIPS, **options)
@@ -114,9 +122,10 @@ def test_a_loop_that_waits_is_found_out() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compile", [False, True])
-def test_nothing_in_the_loop_waits_for_the_gpu(compile: bool) -> None:
+@pytest.mark.parametrize("cropped", [False, True])
+def test_nothing_in_the_loop_waits_for_the_gpu(compile: bool, cropped: bool) -> None:
     mae = learner(device="cuda", compile=compile)
-    env = make_env(4, mae)
+    env = make_env(4, mae, **({"dataset": cropped_videos()} if cropped else {}))
     agent = PPO(env, policy_kwargs=SMALL, compile=compile)
     observation, _ = env.reset(seed=0)
     hooks: list[Any] = [MAEUpdateHook()]

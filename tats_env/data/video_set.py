@@ -291,12 +291,12 @@ class VideoSet:
         if key is None or not self.augments:
             top, left = ((whole - part) // 2 for whole, part in zip(self.canvas, self.size, strict=True))
             return decoded[:, :, top : top + self.size[0], left : left + self.size[1]]
-        key = key.to(decoded.device, non_blocking=True)
+        # Boxes are worked out on the CPU, where the key is: constants made on a GPU would wait for it
         if self.augment == "none":
-            boxes = torch.tensor([0.0, 0.0, *self.canvas], device=decoded.device).expand(len(decoded), 4)
+            boxes = torch.tensor([0.0, 0.0, *self.canvas]).expand(len(decoded), 4)
         else:
             boxes = crop_boxes(self.augment, key, self.canvas)  # type: ignore[arg-type]
-        mirrored = flips(key) if self.flip else torch.zeros(len(decoded), dtype=torch.bool, device=decoded.device)
+        mirrored = flips(key) if self.flip else torch.zeros(len(decoded), dtype=torch.bool)
         return crop_and_flip(decoded, boxes, mirrored, self.size)
 
     def _streams(self, choice: _Choice) -> bool:
