@@ -208,7 +208,7 @@ def global_shift(before: Tensor, after: Tensor) -> Tensor:
     cross = torch.fft.rfft2(after) * torch.fft.rfft2(before).conj()
     peak = torch.fft.irfft2(cross / cross.abs().clamp_min(1e-12), s=sides).flatten(-2).argmax(-1)
     shift = torch.stack([peak // sides[1], peak % sides[1]], -1)
-    side = torch.tensor(sides, device=before.device)
+    side = torch.tensor(sides).to(before.device, non_blocking=True)  # made there, it would wait for the device
     shift = (shift + side // 2) % side - side // 2
     moved, inside = _shifted(before[..., None, :, :], shift)
     residual = ((after - moved.squeeze(-3)).abs() * inside).sum((-2, -1)) / inside.sum((-2, -1))

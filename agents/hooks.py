@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from agents.meter import Meter, step_values
-from tats_env.processes import num_processes
+from tats_env.processes import average, num_processes
 from tats_env.wrappers import UpdateEvery
 
 if TYPE_CHECKING:
@@ -110,10 +112,12 @@ class LogHook(Hook):
         values = agent.metrics() if hasattr(agent, "metrics") else {}
         values |= env.mae.metrics() | self.meter.means()
         now, timesteps = time.perf_counter(), agent.num_timesteps * num_processes()
+        waited = torch.tensor(self.waits.seconds() / (now - self.last), device=env.task.device)
+        average(waited)
         values |= {
             "time/fps": (timesteps - self.timesteps) / (now - self.last),
             "time/iterations": self.iterations,
-            "time/data_wait": self.waits.seconds() / (now - self.last),
+            "time/data_wait": float(waited),
             "time/time_elapsed": now - self.start,
             "time/total_timesteps": timesteps,
         }

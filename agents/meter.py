@@ -25,7 +25,8 @@ class Meter:
         """Count in one step's scalars; of ratios, numerators and denominators are summed apart."""
         for name, value in values.items():
             x, weight = value if isinstance(value, tuple) else (value, 1.0)
-            self.sums[name] = self.sums[name] + x if name in self.sums else x.detach().float()
+            x = x.detach()  # else every step's graph would be kept
+            self.sums[name] = self.sums[name] + x if name in self.sums else x.float()
             self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def means(self) -> dict[str, float]:

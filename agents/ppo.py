@@ -230,6 +230,7 @@ class PPO(Resumable):
             for hook in hooks:
                 hook.on_rollout_end(self)
             self._train(rollout)
+            del rollout  # not to be kept through the next one's forward and backward passes
             iteration += 1
             schedule.step_update(iteration)
             for hook in hooks:

@@ -185,8 +185,9 @@ class _Part(Protocol):
 class Checkpoints(Hook):
     """Writes checkpoints of a sampler's training, right after log lines: nothing waits to be logged then.
 
-    All processes have this hook. A state is the same in each of them, so that one can write it and any number go on
-    from it; but SIGTERM, which may not reach all of them, is something to agree upon.
+    All processes have this hook. A state is the same in each of them, but for what one found out about broken videos,
+    of which the writer's is kept; so one can write it, and any number go on from it. But SIGTERM, which may not reach
+    all of them, is something to agree upon.
 
     Args:
         folder: of the checkpoints.
@@ -237,6 +238,8 @@ class Checkpoints(Hook):
         if self.writes and (terminates or time.perf_counter() - self.last >= 60 * self.minutes):
             self.write(agent.num_timesteps * num_processes())
         if terminates:
+            if num_processes() > 1:
+                average(asked)  # who left before the checkpoint is written would have torchrun end its writer
             self.console.print("SIGTERM: stopped; tats run with --resume goes on", soft_wrap=True)
             raise SystemExit(TERMINATED)
 

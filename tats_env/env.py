@@ -62,9 +62,9 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
 
     ## Information
     `reset` and `step` tell of the clip observed: `video_index`, `start_frame`, `label` (-1 if unknown). `step` also
-    tells of the decision just made: `token_error` and `motion_error` (N values, 0 where visible), `visible` (N
-    booleans), `reconstruction_error`, and with `foreground=True` the share of each token's pixels on the moving
-    foreground (N values).
+    tells of the decision just made: `token_error` and `motion_error` (N values, 0 where visible, or not
+    decoded by an MAE in training whose `decode_ratio` is below 1), `visible` (N booleans), `reconstruction_error`, and
+    with `foreground=True` the share of each token's pixels on the moving foreground (N values).
 
     ## Arguments
     ```python

@@ -23,7 +23,7 @@ class Decision:
     Attributes:
         clips: uint8 [B, T, H, W, 3].
         visible: bool [B, N], the tokens that the action kept.
-        reconstruction: errors of the hidden tokens under that mask.
+        reconstruction: errors of the hidden tokens under that mask, or of the share of them that was decoded.
         rewards: float32 [B], once the reward function has spoken.
         foreground: float32 [B, N], share of each token's pixels on moving foreground, if the environment was asked.
     """

@@ -79,7 +79,7 @@ def waits(decision: Decision) -> Tensor:
         (TubeMask, {}, {}),
         (FrameMask, {}, {}),
         (BlockMask, {}, {}),
-        (MotionMask, {}, {"observation": "pixels"}),
+        (MotionMask, {"camera": True}, {"observation": "pixels"}),
     ],
 )
 def test_nothing_in_the_loop_waits_for_the_device(agent_class: Any, settings: Any, options: dict[str, Any]) -> None:
@@ -129,15 +129,14 @@ def test_nothing_in_the_loop_waits_for_the_gpu(compile: bool, cropped: bool) -> 
     agent = PPO(env, policy_kwargs=SMALL, compile=compile)
     observation, _ = env.reset(seed=0)
     hooks: list[Any] = [MAEUpdateHook()]
-    for step in range(6):
-        if step == 3:  # all is compiled, and allocated
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+    try:
+        for step in range(6):
+            if step == 3:  # all is compiled, and allocated
+                torch.cuda.set_sync_debug_mode("error")
             rollout, observation = agent._collect(observation, hooks)
             agent._train(rollout)
-        finally:
-            if step == 5:
-                torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_compiled_step_has_no_graph_break_compiles_once_and_is_the_eager_one() -> None:
