@@ -25,6 +25,7 @@ from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
 from agents.meter import Meter
 from agents.policies import TrajectoryPolicy
+from agents.rollout import Rollout, gae, rows_of
 from tats_env.grid import visible_mask
 from tats_env.guard import GuardedOptimizer, fused_adamw
 from tats_env.mae.checkpoint import read_checkpoint
@@ -38,27 +39,6 @@ REWARD_DECAY = 0.99
 """Of the running mean and variance of the reward, which moves as the MAE learns."""
 
 
-class Rollout(NamedTuple):
-    """What one rollout stored, M = n_steps * B decisions, on the device."""
-
-    observation: Tensor
-    """[M, T', S, D]"""
-    picks: Tensor
-    """[M, K], in the order drawn"""
-    logits: Tensor
-    """[M, N] float32, of the policy that drew"""
-    value: Tensor
-    """[M]"""
-    returns: Tensor
-    """[M], in units of the reward's running deviation"""
-    advantage: Tensor
-    """[M, X], X as the credit has it"""
-    counts: Tensor
-    """bool [M, X], which advantages count"""
-    available: Tensor | None = None
-    """bool [M, N], which tokens could be drawn; None where all could"""
-
-
 class Statistics(NamedTuple):
     """Scalars of one loss, for the log."""
 
@@ -70,25 +50,6 @@ class Statistics(NamedTuple):
     clip_fraction: Tensor
     entropy: Tensor
     effective_tokens: Tensor
-
-
-def gae(rewards: Tensor, values: Tensor, ended: Tensor, last_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al., 2016): [L, B] from rewards, values and ends [L, B].
-
-    Args:
-        rewards, values: at each step.
-        ended: bool, whether the episode ended with the step.
-        last_value: [B], of the observation after the last step.
-        gamma, gae_lambda: discount and trace decay.
-    """
-    advantages, carried = torch.zeros_like(rewards), torch.zeros_like(last_value)
-    following = last_value
-    for t in reversed(range(len(rewards))):
-        goes_on = (~ended[t]).float()
-        delta = rewards[t] + gamma * following * goes_on - values[t]
-        carried = delta + gamma * gae_lambda * goes_on * carried
-        advantages[t], following = carried, values[t]
-    return advantages
 
 
 class PPO(Resumable):
@@ -358,7 +319,7 @@ class PPO(Resumable):
             batches = [rollout]
             if self.n_minibatches > 1:
                 order = self.draws.uniform(1, size)[0].argsort()
-                batches = [_rows(rollout, part) for part in order.chunk(self.n_minibatches)]
+                batches = [rows_of(rollout, part) for part in order.chunk(self.n_minibatches)]
             for batch in batches:
                 drawn = self._drawn if epoch == 0 and self._reuses else None
                 approx_kl = self._accumulate(batch, drawn)
@@ -383,7 +344,7 @@ class PPO(Resumable):
         parts = len(batch.value) // (self.micro_batch_size or len(batch.value))
         mean: list[Tensor] = []
         for i, rows in enumerate(torch.arange(len(batch.value), device=self.device).chunk(parts)):
-            part, part_weight = (batch, weight) if parts == 1 else (_rows(batch, rows), parts * weight[rows])
+            part, part_weight = (batch, weight) if parts == 1 else (rows_of(batch, rows), parts * weight[rows])
             logits, values = drawn or self._forward(part.observation)
             statistics = self._objective(logits, values, part, part_weight)
             self._guard.accumulate(statistics.loss, 1 / parts)
@@ -479,10 +440,6 @@ class PPO(Resumable):
         policy = TrajectoryPolicy(**json.loads(metadata["policy"]))
         policy.load_state_dict(weights)
         return cls(env, policy, **json.loads(metadata["settings"]))
-
-
-def _rows(rollout: Rollout, rows: Tensor) -> Rollout:
-    return Rollout._make(None if x is None else x[rows] for x in rollout)
 
 
 _OTHERS = ("env", "policy", "policy_kwargs", "compile", "micro_batch_size", "seed")

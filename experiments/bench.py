@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -36,12 +35,12 @@ from experiments.bench_rows import (
     table,
 )
 from experiments.bench_schema import BenchConfig, FeedConfig
+from experiments.build import token_grid
 from experiments.checkpoints import whole
 from experiments.config import dump_config, to_values
+from experiments.folder import hold
 from experiments.growth import predicted
 from experiments.operations import Counts, count
-from experiments.refusals import ConfigError
-from experiments.run import LOCK, token_grid
 from experiments.schema import RunConfig
 from experiments.stopwatch import Step, Stopwatch, Timing
 from experiments.videos import Videos
@@ -107,11 +106,7 @@ class Bench:
         self.names = [row.name for group in self.groups for row in group.rows]
         self.folder = Path(config.out) / config.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / LOCK)
-        try:
-            self.lock.acquire(blocking=False)
-        except Timeout:
-            raise ConfigError(f"{self.folder}: another tats bench is at work here; wait, or give --name") from None
+        self.lock = hold(self.folder)
         (self.folder / "config.yaml").write_text(dump_config(config))
         self.about = {"device": device_name(self.device), "versions": versions()}
         name = str(self.about["device"])

@@ -13,10 +13,10 @@ from agents.attention import TrajectoryAttention
 from agents.base import first_seed
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, MAEUpdateHook
-from agents.ppo import Rollout
+from agents.rollout import Rollout
 from experiments.bench_schema import AttentionConfig, BenchConfig, FeedConfig, load_bench
+from experiments.build import agent_maker, masking_env, new_learner, token_grid
 from experiments.references import attention_step, bare_step, huggingface_step, literal_trajectory_attention
-from experiments.run import agent_maker, masking_env, new_learner, token_grid
 from experiments.schema import RunConfig
 from experiments.stopwatch import Step
 from tats_env.data import VideoSet

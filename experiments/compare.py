@@ -21,10 +21,10 @@ from rich.table import Table
 from scipy.stats import bootstrap
 
 from experiments.config import dump_config, load_config
+from experiments.folder import LOCK, hold
 from experiments.grid import Cell, CompareConfig
 from experiments.metrics import heading, in_digits, shown
 from experiments.refusals import ConfigError
-from experiments.run import LOCK
 from experiments.schema import RunConfig
 
 CURVE = "mask/random_mask_error"
@@ -58,11 +58,7 @@ class Comparison:
         self.folder = Path(config.out) / config.name
         self.cells = self.folder / "cells"
         self.cells.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / LOCK)
-        try:
-            self.lock.acquire(blocking=False)
-        except Timeout:
-            raise ConfigError(f"{self.folder}: another tats compare is at work here; wait, or give --name") from None
+        self.lock = hold(self.folder)
         for run in self.runs.values():
             found = self._path(run) / "config.yaml"
             if self.finished(run) and load_config(str(found)) != run:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from agents.distributions import PlackettLuce
 from agents.hooks import MAEUpdateHook
+from experiments.build import agent_maker, masking_env, new_learner
 from experiments.classifier import VideoClassifier, choose_tokens, tokens_kept
 from experiments.operations import H100_BYTES, H100_FLOPS, Counts, Part, count, count_parts, predict
-from experiments.run import agent_maker, masking_env, new_learner
 from experiments.schema import AgentConfig, RunConfig
 from tats_env.data import VideoSet
 from tats_env.grid import token_budget

@@ -9,6 +9,9 @@ from agents.base import Agent
 from agents.meter import motion_lift
 from tats_env.vector_env import TATSMaskingVectorEnv
 
+EVALUATION_SEED = 1 << 40
+"""The same for all runs, so that all samplers are compared on the same validation clips."""
+
 
 def evaluate_sampler(agent: Agent, env: TATSMaskingVectorEnv, num_clips: int, seed: int) -> dict[str, float | None]:
     """Errors of the environment's MAE under the agent's masks and under uniform ones, on the same clips.

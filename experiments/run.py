@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import platform
 import shutil
@@ -11,18 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from agents import AGENTS
-from agents.base import is_resumable, resolve_agent
+from agents.base import is_resumable
 from agents.hooks import Hook, LogHook, MAEUpdateHook
-from agents.ppo import PPO, SETTINGS
+from experiments.build import agent_maker, load_mae, masking_env, new_learner
 from experiments.checkpoints import (
     FOLDER,
     TERMINATED,
@@ -38,31 +34,25 @@ from experiments.checkpoints import (
 from experiments.config import dump_config
 from experiments.distributed import first_then_others, join, led_by_first, part
 from experiments.downstream import downstream, top1_figures
-from experiments.evaluation import evaluate_sampler
+from experiments.evaluation import EVALUATION_SEED, evaluate_sampler
+from experiments.folder import hold, new_folder
+from experiments.gallery import EXAMPLES, draw
 from experiments.metrics import heading, in_digits, shown
 from experiments.progress import RunProgress
-from experiments.refusals import ConfigError, close, did_you_mean
+from experiments.refusals import ConfigError
 from experiments.schema import AgentConfig, OtherAgentConfig, RunConfig
 from experiments.videos import Videos
-from tats_env.data import VideoSet, list_videos, write_bad_videos
-from tats_env.grid import TokenGrid
-from tats_env.mae import MAELearner, load_learner, save_learner
+from tats_env.data import list_videos, write_bad_videos
+from tats_env.mae import MAELearner, save_learner
 from tats_env.mae.learner import resolve_device
 from tats_env.processes import num_processes, process_index
-from tats_env.rendering import animation, decision_rows, strip
 from tats_env.rewards import resolve_reward
-from tats_env.sequential import TATSMaskingSequentialVectorEnv
 from tats_env.vector_env import TATSMaskingVectorEnv
 
 Results = dict[str, dict[str, float | None]]
 
-EVALUATION_SEED = 1 << 40
-"""The same for all runs, so that all samplers are compared on the same validation clips."""
-EXAMPLES = 4
 SHORT = 100_000
 """Clips under which a run is told not to expect features."""
-LOCK = ".lock"
-"""Held in a run's folder for as long as its process lives."""
 GO_ON = "once they can, tats run with --resume goes on"
 TRAINED = "trained.json"
 """In a sampler's folder once it is trained: figures of its training, and what streaming found out about the videos."""
@@ -95,7 +85,7 @@ class Run:
         self.termination = Termination()
         self.resumed = resumed is not None
         if resumed is not None and self.leads:
-            self._lock(resumed)
+            self.folder, self.lock = resumed, hold(resumed)
         # What can be refused is refused before there is a folder.
         for key, resolve in (("reward", resolve_reward), ("device", resolve_device)):
             try:
@@ -117,18 +107,11 @@ class Run:
                 list_videos(data, split, count, progress=True)
         self._first = self._make(config.agent.class_)
         if resumed is None:
-            self._lock(new_folder(Path(config.out), config.name))
+            self.folder = new_folder(Path(config.out), config.name)
+            self.lock = hold(self.folder)
         with whole(self.folder / "config.yaml") as partial:
             partial.write_text(dump_config(config))
         write_bad_videos(self.folder, *self.videos.opened())
-
-    def _lock(self, folder: Path) -> None:
-        """Make a folder this run's own, until its process ends."""
-        self.folder, self.lock = folder, FileLock(folder / LOCK)
-        try:
-            self.lock.acquire(blocking=False)
-        except Timeout:
-            raise ConfigError(f"{folder}: another tats is at work in this folder; wait for it, or end it") from None
 
     def _make(self, name: str) -> tuple[MAELearner, Any]:
         """An MAE, and the agent of that name in an environment around it, of this process's share of the clips."""
@@ -268,143 +251,6 @@ class Run:
         for name, figures in self.results.items():
             table.add_row(name, *(in_digits(figures, metric) for metric in metrics))
         return table
-
-
-def masking_env(
-    config: RunConfig,
-    videos: VideoSet,
-    mae: MAELearner,
-    num_envs: int,
-    observation: str,
-    repeats: int = 1,
-    first_env: int = 0,
-) -> TATSMaskingVectorEnv:
-    """The environment that a configuration describes, on the device."""
-    clip = config.clip
-    options: dict[str, Any] = {
-        "dataset": videos,
-        "mask_ratio": config.mask_ratio,
-        "num_frames": clip.num_frames,
-        "frame_stride": clip.frame_stride,
-        "size": clip.size,
-        "tubelet_size": clip.tubelet_size,
-        "patch_size": clip.patch_size,
-        "mae": mae,
-        "observation": observation,
-        "repeats": repeats,
-        "foreground": videos.has_foreground,
-        "first_env": first_env,
-    }
-    if config.rounds > 1:
-        return TATSMaskingSequentialVectorEnv(num_envs, output="torch", rounds=config.rounds, **options)
-    return TATSMaskingVectorEnv(num_envs, output="torch", reward=config.reward, horizon=config.horizon, **options)
-
-
-def new_learner(config: RunConfig) -> MAELearner:
-    """The MAE that a configuration asks for, from scratch or from ``mae.init``.
-
-    Raises:
-        ConfigError: if ``mae.init`` cannot be loaded, or is not for clips such as these.
-    """
-    mae = config.mae
-    options: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "learning_rate": mae.learning_rate,
-        "base_learning_rate": mae.base_learning_rate,
-        "weight_decay": mae.weight_decay,
-        "warmup_steps": mae.warmup_steps,
-        "total_steps": config.steps // mae.update_every,
-        "device": config.device,
-        "seed": config.seed,
-        "compile": config.compile,
-        "micro_batch_size": config.micro_batch_size,
-        "decode_ratio": mae.decode_ratio,
-        "checkpointing": mae.checkpointing,
-    }
-    if mae.init is None:
-        return MAELearner(token_grid(config), mae.size, **options).train(not mae.frozen)
-    return load_mae(mae.init, config, "mae.init", **options).train(not mae.frozen)
-
-
-def load_mae(path: str | Path, config: RunConfig, what: str, **options: Any) -> MAELearner:
-    """A trained MAE, for clips such as the configuration's.
-
-    Args:
-        path: of ``load_learner``, and so are the options.
-        what: names it in an error.
-
-    Raises:
-        ConfigError: if it cannot be loaded, or was made for other clips.
-    """
-    try:
-        learner = load_learner(path, **options)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"{what}: {error}") from error
-    if learner.grid != token_grid(config):
-        raise ConfigError(f"{what}: {path} was made for {learner.grid}, but clip says {token_grid(config)}")
-    return learner
-
-
-def token_grid(config: RunConfig) -> TokenGrid:
-    """How the configuration's clips are cut into tokens."""
-    clip = config.clip
-    return TokenGrid(clip.num_frames, clip.size, clip.size, clip.tubelet_size, clip.patch_size)
-
-
-def agent_maker(section: AgentConfig | OtherAgentConfig, config: RunConfig) -> tuple[Any, dict[str, Any]]:
-    """The class of an agent of a run, and the settings that its constructor takes besides environment and seed.
-
-    Raises:
-        ConfigError: if there is no such class, or it takes no such setting.
-    """
-    if isinstance(section, AgentConfig):
-        policy = {name: getattr(section, name) for name in ("width", "num_heads", "depth", "logit_cap")}
-        settings = {"policy_kwargs": policy, **{name: getattr(section, name) for name in SETTINGS}}
-        return PPO, settings | {"compile": config.compile, "micro_batch_size": config.micro_batch_size}
-    try:
-        found = resolve_agent(section.class_)
-    except ValueError as error:
-        raise ConfigError(f"agent.class: {error}") from error
-    settings = dict(section.model_extra or {})
-    taken = inspect.signature(found).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-        names = [name for name in taken if name not in ("env", "seed")]
-        for name in settings:
-            if name not in names:
-                known = f"{section.class_} takes {', '.join(names) or 'no settings'}"
-                raise ConfigError(f"agent.{name}: unknown key; {known}{did_you_mean(*close(name, names))}")
-    return found, settings
-
-
-def draw(agent: Any, env: TATSMaskingVectorEnv, folder: Path) -> None:
-    """Write masks.png and masks.gif of what the agent does with an environment of a few clips."""
-    from PIL import Image
-
-    env.mae.train(False)
-    following, _ = env.reset(seed=EVALUATION_SEED)
-    complete = False
-    while not complete:
-        observation = following
-        following, *_ = env.step(agent.predict(observation)[0])
-        complete = env.task.mask_complete
-    with torch.no_grad():
-        heat = agent.logits(observation) if hasattr(agent, "logits") else [None] * env.num_envs
-    examples = [decision_rows(env.task, i, heat[i]) for i in range(env.num_envs)]
-    Image.fromarray(np.concatenate([strip(rows, env.task.grid) for rows in examples[:2]])).save(folder / "masks.png")
-    frames = [Image.fromarray(frame).quantize(128) for frame in animation(examples)]
-    frames[0].save(folder / "masks.gif", save_all=True, append_images=frames[1:], duration=125, loop=0)
-
-
-def new_folder(out: Path, name: str) -> Path:
-    """Make ``out/name``, or ``out/name-2`` and so on where there is a run already."""
-    for number in range(1, 10_000):
-        folder = out / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise FileExistsError(f"{out} holds thousands of runs called {name}; give --out another folder")
 
 
 def run(config: RunConfig, resumed: Path | None = None) -> int:

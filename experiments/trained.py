@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
+from experiments.build import agent_maker, load_mae, masking_env, new_learner
 from experiments.config import dump_config, load_config
 from experiments.downstream import downstream, downstream_table
+from experiments.folder import hold, new_folder
 from experiments.probes import PROBES
 from experiments.refusals import ConfigError
-from experiments.run import LOCK, agent_maker, load_mae, masking_env, new_folder, new_learner
 from experiments.schema import RunConfig
 from experiments.videos import Videos
 from tats_env.data import write_bad_videos
@@ -47,11 +47,7 @@ def evaluate_trained(verb: str, args: Sequence[str]) -> int:
         folder = given if stored.is_file() else new_folder(Path(config.out), f"{config.name}-{verb}")
         if not stored.is_file():
             (folder / "config.yaml").write_text(dump_config(config))
-    try:
-        lock = FileLock(folder / LOCK).acquire(blocking=False)
-    except Timeout:
-        raise ConfigError(f"{folder}: another tats is at work in this folder; wait for it") from None
-    with lock:
+    with hold(folder):
         videos = Videos(config)
         chosen = verb == "finetune" and config.finetune.sampler == "policy"
         agent = _agent(config, folder, mae, videos) if chosen else None

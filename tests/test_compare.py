@@ -184,7 +184,7 @@ def test_two_comparisons_cannot_work_in_one_folder(folder: Path) -> None:
     finally:
         first.terminate()
         first.wait()
-    assert second.returncode == 2 and "another tats compare is at work here" in second.stderr
+    assert second.returncode == 2 and "another tats is at work in this folder" in second.stderr
 
 
 def test_statistics_are_those_of_the_seeds() -> None:

@@ -23,7 +23,7 @@ from agents.credit import (
     token_credit,
 )
 from agents.distributions import PlackettLuce
-from agents.ppo import gae
+from agents.rollout import gae
 from tats_env.grid import visible_mask
 from tats_env.mae import Reconstruction
 from tats_env.rewards import Decision

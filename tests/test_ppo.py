@@ -14,7 +14,8 @@ from agents.heuristics import RandomMask
 from agents.hooks import Hook, LogHook, MAEUpdateHook
 from agents.meter import motion_lift
 from agents.policies import TrajectoryPolicy
-from agents.ppo import PPO, Rollout
+from agents.ppo import PPO
+from agents.rollout import Rollout
 from tats_env.vector_env import TATSMaskingVectorEnv
 
 SMALL = {"width": 16, "num_heads": 2}
