@@ -17,8 +17,6 @@ Mind the sign: as a reward, +error teaches an agent to *hide* hard tokens; as cr
 the probability that they are *shown* next time.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

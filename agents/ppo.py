@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import torch
@@ -25,7 +25,7 @@ from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
 from agents.meter import Meter
 from agents.policies import TrajectoryPolicy
-from agents.rollout import Rollout, gae, rows_of
+from agents.rollout import Rollout, Statistics, gae, rows_of
 from tats_env.grid import visible_mask
 from tats_env.guard import GuardedOptimizer, fused_adamw
 from tats_env.mae.checkpoint import read_checkpoint
@@ -37,19 +37,6 @@ FINAL_LEARNING_RATE = 0.1
 """Of the cosine, as a share of the learning rate."""
 REWARD_DECAY = 0.99
 """Of the running mean and variance of the reward, which moves as the MAE learns."""
-
-
-class Statistics(NamedTuple):
-    """Scalars of one loss, for the log."""
-
-    loss: Tensor
-    policy_gradient_loss: Tensor
-    value_loss: Tensor
-    entropy_loss: Tensor
-    approx_kl: Tensor
-    clip_fraction: Tensor
-    entropy: Tensor
-    effective_tokens: Tensor
 
 
 class PPO(Resumable):

@@ -1,7 +1,5 @@
 """What PPO collects and learns from."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -27,6 +25,19 @@ class Rollout(NamedTuple):
     """bool [M, X], which advantages count"""
     available: Tensor | None = None
     """bool [M, N], which tokens could be drawn; None where all could"""
+
+
+class Statistics(NamedTuple):
+    """Scalars of one loss, for the log."""
+
+    loss: Tensor
+    policy_gradient_loss: Tensor
+    value_loss: Tensor
+    entropy_loss: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    entropy: Tensor
+    effective_tokens: Tensor
 
 
 def gae(rewards: Tensor, values: Tensor, ended: Tensor, last_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:

@@ -41,6 +41,7 @@ from experiments.config import dump_config, to_values
 from experiments.folder import hold
 from experiments.growth import predicted
 from experiments.operations import Counts, count
+from experiments.refusals import ConfigError
 from experiments.schema import RunConfig
 from experiments.stopwatch import Step, Stopwatch, Timing
 from experiments.videos import Videos
@@ -100,7 +101,10 @@ class Bench:
 
     def __init__(self, config: BenchConfig, run: RunConfig, console: Console) -> None:
         self.config, self.run, self.console = config, run, console
-        self.device = resolve_device(run.device)
+        try:
+            self.device = resolve_device(run.device)
+        except ValueError as error:
+            raise ConfigError(f"run.device: {error}") from error
         self.on_gpu = self.device.type == "cuda"
         self.groups = table(config, run)
         self.names = [row.name for group in self.groups for row in group.rows]

@@ -108,7 +108,7 @@ class Comparison:
             display.close()
             if running:
                 names = "; ".join(map(_name, running))
-                self.console.print(f"Stopped before the end, to be done anew: {names}", soft_wrap=True)
+                self.console.print(f"Stopped before the end, to be gone on with: {names}", soft_wrap=True)
             for process in running.values():
                 process.terminate()
             for process in running.values():
@@ -118,10 +118,14 @@ class Comparison:
     def _start(self, cell: Cell) -> subprocess.Popen[bytes]:
         run = self.runs[cell]
         path = self._path(run)
+        stored, resume = path / "config.yaml", []
         if path.exists():
             try:
-                with FileLock(path / LOCK, blocking=False):
-                    shutil.rmtree(path)  # it was stopped before its end
+                with FileLock(path / LOCK, blocking=False):  # it was stopped before its end
+                    if stored.is_file() and load_config(str(stored)) == run:
+                        resume = ["--resume", str(path)]
+                    else:
+                        shutil.rmtree(path)
             except Timeout:
                 raise ConfigError(f"{path}: a process of an earlier comparison still runs here; wait for it") from None
         grid_file = path.with_suffix(f"{path.suffix}.yaml")
@@ -130,7 +134,7 @@ class Comparison:
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         with path.with_suffix(f"{path.suffix}.log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-c", _START, "run", str(grid_file)],
+                [sys.executable, "-c", _START, "run", str(grid_file), *resume],
                 env={"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip

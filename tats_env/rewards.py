@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tats_env.grid import visible_mask
-from tats_env.mae.learner import MAELearner, Reconstruction
+from tats_env.mae.errors import Reconstruction
+from tats_env.mae.learner import MAELearner
 
 
 class Decision:

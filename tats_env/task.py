@@ -48,7 +48,7 @@ class TaskOptions(TypedDict, total=False):
     device: str | torch.device
 
 
-class EnvOptions(TaskOptions, total=False):
+class EnvOptions(TaskOptions, TypedDict, total=False):  # named once more for pdoc, which reads bases
     """With what ``TATSMaskingSequential-v0`` alone takes."""
 
     rounds: int

@@ -9,7 +9,7 @@ import torch
 
 from agents.adamae import AdaMAE, AdaMAESampler, sampling_loss
 from agents.hooks import MAEUpdateHook
-from tats_env.mae.learner import Reconstruction
+from tats_env.mae.errors import Reconstruction
 from tats_env.vector_env import TATSMaskingVectorEnv
 
 

@@ -155,6 +155,29 @@ def test_a_comparison_that_was_killed_goes_on_where_it_stopped(folder: Path) -> 
     assert all(path.read_bytes() == content for path, content in survivors.items())
 
 
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(folder: Path) -> None:
+    options = ("--seeds", "[0]", "--processes", "1", "--run.steps", "4000", "--run.checkpoint_minutes", "0")
+    process = subprocess.Popen(
+        command(*options), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    cells = folder / "runs" / "grid" / "cells"
+    deadline = time.monotonic() + 120
+    while not list(cells.glob("random-*/checkpoints/step-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (stopped,) = cells.glob("random-*/checkpoints")
+    log = stopped.parent.with_suffix(f"{stopped.parent.suffix}.log")
+    process = subprocess.Popen(
+        command(*options), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    while "random goes on from step" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "random goes on from step" in log.read_text()
+
+
 def test_a_slice_that_is_over_leaves_the_rest_for_the_next(folder: Path) -> None:
     done = compare(folder, "--minutes", "0", "--processes", "1")
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tats_env.grid import TokenGrid, hidden_tokens, visible_mask
 from tats_env.mae import SIZES, MAELearner, MAESize, load_learner, save_learner
-from tats_env.mae.learner import motion_errors, patch_targets
+from tats_env.mae.errors import motion_errors, patch_targets
 from tats_env.mae.model import gather_tokens
 
 GRID = TokenGrid(num_frames=4, height=16, width=16, tubelet_size=2, patch_size=4)  # N = 32

@@ -16,9 +16,8 @@ from tats_env.data.reader import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-    from tats_env.data.video_set import VideoSet, write_bad_videos
-
-__all__ = ["DataError", "VideoSet", "list_videos", "open_dataset", "write_bad_videos"]
+    from tats_env.data.video_set import VideoSet
+    from tats_env.data.video_set import write_bad_videos as write_bad_videos
 
 SPLITS = ("train", "validation")
 RENDERED_VIDEOS = 60  # a short prefix, rendered in a few seconds: four or five videos a class

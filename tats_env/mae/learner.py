@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -13,26 +13,12 @@ from torch import Tensor
 
 from tats_env.grid import TokenGrid, hidden_tokens, visible_mask
 from tats_env.guard import GuardedOptimizer, fused_adamw
+from tats_env.mae.errors import Reconstruction, motion_errors, patch_targets
 from tats_env.mae.model import SIZES, MAESize, VideoMAE, gather_tokens
 from tats_env.precision import autocast
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class Reconstruction(NamedTuple):
-    """What one masked forward pass found, detached; errors are 0 where a token was visible, or not decoded."""
-
-    token_error: Tensor
-    """[B, N] mean squared error over a hidden token's pixels, normalised by the patch's own mean and deviation."""
-    motion_error: Tensor
-    """[B, N] error of the change within the tubelet, in squared units of pixels in [0, 1]."""
-    reconstruction_error: Tensor
-    """[B] mean of ``token_error`` over the tokens ``scored``."""
-    scored: Tensor
-    """bool [B, N], the hidden tokens that were decoded: all of them, unless some were left out."""
-    prediction: Tensor = torch.empty(0)
-    """[B, N - K, P] predicted pixels of the hidden tokens, ascending, normalised as for ``token_error``; if asked."""
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -49,38 +35,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
             f"device {str(device)!r}: torch sees {torch.cuda.device_count()} CUDA devices; give auto or cpu"
         )
     return resolved
-
-
-def patch_targets(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise each patch per channel by its own mean and unbiased standard deviation (VideoMAE's reference form).
-
-    Args:
-        patches: [..., tubelet * p * p, C] pixels in [0, 1].
-
-    Returns:
-        Targets of the same shape, and the per-channel variance [..., 1, C].
-    """
-    variance = patches.var(dim=-2, unbiased=True, keepdim=True)
-    return (patches - patches.mean(dim=-2, keepdim=True)) / (variance.sqrt() + 1e-6), variance
-
-
-def motion_errors(prediction: Tensor, target: Tensor, variance: Tensor, tubelet_size: int) -> Tensor:
-    """Reconstruction error of the *change* between the frames of a tubelet, in pixels rather than deviations.
-
-    ``var * ((pred_2 - pred_1) - (target_2 - target_1))^2 / 2`` averaged over pixels (and over frame pairs where a
-    tubelet has more than two frames); 0 for tubelets of one frame, which hold no motion.
-
-    Args:
-        prediction, target: [B, M, tubelet * p * p, C], normalised by patch.
-        variance: [B, M, 1, C], each patch's pixel variance, which undoes the normalisation.
-
-    Returns:
-        [B, M].
-    """
-    if tubelet_size == 1:
-        return prediction.new_zeros(prediction.shape[:2])
-    change = (prediction - target).unflatten(2, (tubelet_size, -1)).diff(dim=2)
-    return (change.square() * variance.unsqueeze(2)).mean(dim=(2, 3, 4)) / 2
 
 
 class MAELearner:
