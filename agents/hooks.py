@@ -15,6 +15,7 @@ from tats_env.wrappers import UpdateEvery
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import Logger
 
+    from agents.guards import Guards
     from tats_env.data.staging import WaitClock
 
 
@@ -77,14 +78,16 @@ class LogHook(Hook):
     Args:
         logger: stable-baselines3's; None prints a table.
         every: steps of the environment from one line to the next, at least.
+        guards: look at each line and warn; None has nobody look.
     """
 
-    def __init__(self, logger: Logger | None = None, every: int = 10) -> None:
+    def __init__(self, logger: Logger | None = None, every: int = 10, guards: Guards | None = None) -> None:
         if logger is None:
             from stable_baselines3.common.logger import configure
 
             logger = configure(None, ["stdout"])
-        self.logger, self.every, self.iterations, self.steps = logger, every, 0, 0
+        self.logger, self.every, self.guards = logger, every, guards
+        self.iterations = self.steps = 0
         self.meter = Meter()
         self.waits: WaitClock | None = None
         self.start = self.last = time.perf_counter()
@@ -122,6 +125,8 @@ class LogHook(Hook):
             "time/total_timesteps": timesteps,
         }
         self.last, self.timesteps = now, timesteps
+        if self.guards is not None:
+            values |= self.guards.look(agent, values, timesteps)
         for name, value in values.items():
             self.logger.record(name, value)
         self.logger.dump(step=timesteps)

@@ -231,6 +231,11 @@ class PPO(Resumable):
         return logits.float(), values.float()
 
     @property
+    def uses_value(self) -> bool:
+        """Whether the policy learns from rewards and values at all, which credit by token has no use for."""
+        return self.credit == "clip"
+
+    @property
     def _reuses(self) -> bool:
         """Whether an update's first forward pass is, exactly, the one that drew: then it is not made again."""
         return self.n_steps == self.n_minibatches == 1 and self.micro_batch_size is None
@@ -289,6 +294,7 @@ class PPO(Resumable):
         Episodes have a fixed length, so the mean that is taken off shifts a return by what the steps left fix, and a
         value of the observation can learn that.
         """
+        weight_before, variance_before = self._reward_weight.clone(), self._reward_variance.clone()
         self._reward_weight.lerp_(torch.ones_like(self._reward_weight), 1 - REWARD_DECAY)
         # An exponential average from 0, corrected for its start as Adam's moments are.
         average(mean := rewards.mean())
@@ -296,6 +302,9 @@ class PPO(Resumable):
         centred = rewards - self._reward_mean / self._reward_weight
         average(mean_square := centred.square().mean())
         self._reward_variance.lerp_(mean_square, 1 - REWARD_DECAY)
+        if self.uses_value:
+            usual = torch.where(weight_before > 0, variance_before / weight_before, mean_square)
+            self.meter.add({"train/reward_scale": (mean_square / (usual + 1e-8)).sqrt()})
         return centred / (self._reward_variance / self._reward_weight + 1e-8).sqrt()
 
     def _train(self, rollout: Rollout) -> None:

@@ -11,13 +11,13 @@ from experiments.refusals import ConfigError, items
 from experiments.schema import RunConfig
 
 FREE = (
-    "device", "out", "log_interval", "checkpoint_minutes", "compile", "micro_batch_size", "mae.checkpointing",
+    "device", "tracker", "out", "log_interval", "checkpoint_minutes", "compile", "micro_batch_size", "mae.checkpointing",
     "loader.decoder", "loader.workers", "loader.cache", "loader.cache_gb", "evaluate.num_videos", "evaluate.clips",
     "evaluate.tasks", "evaluate.data", "evaluate.pictures",
 )  # fmt: skip
 """What trains on as before, but for rounding."""
-FREE_SECTIONS = ("probe.", "finetune.")
-"""Of what comes after training."""
+FREE_SECTIONS = ("probe.", "finetune.", "guards.")
+"""Of what comes after training, or only looks on."""
 
 
 def split_resume(args: Sequence[str]) -> tuple[list[str], bool, str | None]:

@@ -273,6 +273,21 @@ class FinetuneConfig(Section):
         return value
 
 
+class GuardsConfig(Section):
+    """From when on training is told to go wrong; null switches a warning off."""
+
+    skipped: Annotated[float, Field(ge=0, lt=1)] | None = 0.1
+    """Share of updates skipped since a loss or gradient was not finite."""
+    approx_kl: PositiveFloat | None = 0.2
+    """KL divergence of the policy in an update from the one that drew."""
+    effective_tokens: PositiveFloat | None = 1.0
+    """Effective number of tokens, exp(entropy of a draw), as a multiple of the K that are kept: a bound from below."""
+    explained_variance: Annotated[float, Field(le=1)] | None = 0.02
+    """Share of the return's variance that the value function explains, where it is used: a bound from below."""
+    reward_scale: Annotated[float, Field(gt=1)] | None = 3.0
+    """Factor, either way, between the reward's size and the running deviation that it is measured in."""
+
+
 class EvaluateConfig(Section):
     """What is measured after training."""
 
@@ -287,7 +302,7 @@ class EvaluateConfig(Section):
     baseline: bool = True
     """Also train under uniform random masks for as long, and compare."""
     pictures: bool = True
-    """Draw masks.png and masks.gif of a few validation clips."""
+    """Follow the masks of a few validation clips through training, draw them at its end, and write report.html."""
 
     @field_validator("data", mode="before")
     @classmethod
@@ -328,6 +343,10 @@ class RunConfig(Section):
     """Steps between two lines of metrics."""
     checkpoint_minutes: NonNegativeFloat = 5.0
     """Training that a crash can cost, in minutes: after that long, a checkpoint comes with the next line of metrics."""
+    deterministic: bool = False
+    """Have torch take deterministic algorithms, on a GPU the slower ones; a CPU's runs repeat as it is."""
+    tracker: Literal["wandb"] | None = None
+    """Send curves and pictures to Weights & Biases as well; takes pip install 'tats-env[wandb]'."""
     out: str = "runs"
     """Folder in which the run's own folder is made."""
     clip: ClipConfig = ClipConfig()
@@ -339,6 +358,7 @@ class RunConfig(Section):
     probe: ProbeConfig = ProbeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    guards: GuardsConfig = GuardsConfig()
 
     @field_validator("data", mode="before")
     @classmethod

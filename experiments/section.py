@@ -61,6 +61,7 @@ def data_texts(value: Any) -> Any:
 
 
 def check_divides(whole: int, part: int, what: str) -> None:
+    """Raise ValueError, which names the nearest that do, unless ``part`` divides ``whole``, called ``what``."""
     if whole % part:
         below = max(d for d in range(1, min(part, whole) + 1) if whole % d == 0)
         above = [d for d in range(part, whole + 1) if whole % d == 0][:1]
