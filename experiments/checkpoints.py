@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from agents.hooks import Hook, LogHook
 from tats_env.processes import average, gathered, num_processes
 
-FORMAT = "tats-env checkpoint 1"
+FORMAT = "tats-env checkpoint 2"
 FOLDER = "checkpoints"
 KEPT = 2
 """Checkpoints of a sampler's training: should the newest be damaged, there is the one before."""
@@ -166,7 +166,9 @@ class Termination:
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        # Torchrun sends one to those who are still leaving when the first has left
+        leaves = self.asked and num_processes() > 1
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if leaves else self._before)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -220,7 +222,8 @@ class Checkpoints(Hook):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go back to where a checkpoint was written."""
         for name, part in self.parts.items():
-            part.restore(state[name])
+            if name in state:  # pictures may be asked for only now
+                part.restore(state[name])
 
     def on_update_end(self, agent: Any) -> None:
         """Write a checkpoint, if a line was just written and it is time.
@@ -234,7 +237,7 @@ class Checkpoints(Hook):
         asked = torch.tensor(float(self.termination.asked), device=task.device)
         if num_processes() > 1:
             average(asked)
-        terminates = bool(asked > 0)
+        terminates = self.termination.asked = bool(asked > 0)
         if self.writes and (terminates or time.perf_counter() - self.last >= 60 * self.minutes):
             self.write(agent.num_timesteps * num_processes())
         if terminates:

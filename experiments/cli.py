@@ -111,6 +111,18 @@ def _bench(args: Sequence[str]) -> int:
     return bench(config, run, f"tats bench {shlex.join(args)}", len(options) < len(args) - 1)
 
 
+def _report(args: Sequence[str]) -> int:
+    from experiments.report import report
+
+    return report(args)
+
+
+def _export(args: Sequence[str]) -> int:
+    from experiments.export import export
+
+    return export(args)
+
+
 def _data(args: Sequence[str]) -> int:
     from experiments.data import data
 
@@ -131,6 +143,12 @@ VERBS = {
         "fine-tune a run's encoder into a classifier",
         "tats finetune runs/quickstart --finetune.epochs 10",
         partial(_trained, "finetune"),
+    ),
+    "report": Verb(
+        "write a run's report.html anew, or one that compares several", "tats report runs/quickstart", _report
+    ),
+    "export": Verb(
+        "hand weights to other tools: hf, onnx or policy", "tats export runs/quickstart --format policy", _export
     ),
     "bench": Verb(
         "time a training step, its parts and what they are measured against", "tats bench bench_cpu --minutes 2", _bench

@@ -18,10 +18,11 @@ from rich.text import Text
 
 from experiments.refusals import ConfigError
 from tats_env.data import SPLITS, DataError, list_videos
-from tats_env.data.index import index_file, on_all_cores, probe_all
+from tats_env.data.index import index_file, probe_all
 from tats_env.data.listing import Listing
-from tats_env.data.reader import UnreadableVideo, VideoInfo, read_frames, shard_of
+from tats_env.data.reader import UnreadableVideo, VideoInfo, num_cores, read_frames, shard_of
 from tats_env.data.shards import write_shards
+from tats_env.data.workers import on_all_cores, seconds_for
 
 ALL_CLASSES = 20
 """Classes up to which the table has all of them; of more it has the largest and the smallest ones."""
@@ -93,7 +94,8 @@ def pack(options: Pack) -> int:
     for split in SPLITS:
         listing = list_videos(options.spec, split, progress=True)
         bad = write_shards(
-            listing, options.folder, split, options.size, per_shard=options.per_shard, progress=True
+            listing, options.folder, split, options.size,
+            per_shard=options.per_shard, workers=num_cores(), progress=True,
         )  # fmt: skip
         print(f"{split}: {len(listing.paths) - len(bad)} videos in {options.folder / split}")
         _print_files(f"left out ({split})", {str(error.path): error.reason for error in bad})
@@ -136,13 +138,13 @@ def check(options: Check) -> int:
 
 def _report(listing: Listing, split: str, decode: bool) -> dict[str, Any]:
     """All that is to be said of one split, as JSON has it."""
-    infos = probe_all(listing.paths, progress=True)
+    infos = probe_all(listing.paths, progress=True, workers=num_cores())
     pairs = [(path, info) for path, info in zip(listing.paths, infos, strict=True) if isinstance(info, VideoInfo)]
 
-    def decode_all(pair: tuple[Path, VideoInfo]) -> None:
-        read_frames(pair[0], (32, 32), info=pair[1])  # small, so that an hour of video fits in memory as well
-
-    decoded = list(on_all_cores(decode_all, pairs, f"decoding videos ({split})", True)) if decode else []
+    decoded: list[Any] = []
+    if decode:
+        say = f"decoding videos ({split})"
+        decoded = list(on_all_cores(_decode_all, pairs, say, True, num_cores(), _about))
     undecodable = {str(bad.path): bad.reason for bad in decoded if isinstance(bad, UnreadableVideo)}
     good = [i for i, p in enumerate(listing.paths) if isinstance(infos[i], VideoInfo) and str(p) not in undecodable]
     readable = [info for info in (infos[i] for i in good) if isinstance(info, VideoInfo)]
@@ -160,6 +162,14 @@ def _report(listing: Listing, split: str, decode: bool) -> dict[str, Any]:
         "bytes": _bytes(listing.paths[i] for i in good),
         "index": str(index_file(listing.paths)),
     }
+
+
+def _decode_all(pair: tuple[Path, VideoInfo]) -> None:
+    read_frames(pair[0], (32, 32), info=pair[1])  # small, so that an hour of video fits in memory as well
+
+
+def _about(pair: tuple[Path, VideoInfo]) -> tuple[Path, float]:
+    return pair[0], seconds_for(pair[1].num_frames)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

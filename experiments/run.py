@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Image, KVWriter, Logger
 
 from agents import AGENTS
 from agents.base import is_resumable
+from agents.guards import Guards, Thresholds
 from agents.hooks import Hook, LogHook, MAEUpdateHook
 from experiments.build import agent_maker, load_mae, masking_env, new_learner
 from experiments.checkpoints import (
@@ -32,6 +33,7 @@ from experiments.checkpoints import (
     whole,
 )
 from experiments.config import dump_config
+from experiments.deterministic import make_deterministic
 from experiments.distributed import first_then_others, join, led_by_first, part
 from experiments.downstream import downstream, top1_figures
 from experiments.evaluation import EVALUATION_SEED, evaluate_sampler
@@ -41,6 +43,8 @@ from experiments.metrics import heading, in_digits, shown
 from experiments.progress import RunProgress
 from experiments.refusals import ConfigError
 from experiments.schema import AgentConfig, OtherAgentConfig, RunConfig
+from experiments.snapshots import Snapshots
+from experiments.trackers import Tracker, check_tracker
 from experiments.videos import Videos
 from tats_env.data import list_videos, write_bad_videos
 from tats_env.mae import MAELearner, save_learner
@@ -87,6 +91,7 @@ class Run:
         if resumed is not None and self.leads:
             self.folder, self.lock = resumed, hold(resumed)
         # What can be refused is refused before there is a folder.
+        check_tracker(config)
         for key, resolve in (("reward", resolve_reward), ("device", resolve_device)):
             try:
                 resolve(getattr(self.config, key))
@@ -152,18 +157,27 @@ class Run:
             self.console.print(f"{name} keeps no state that could be gone on from, and begins anew", soft_wrap=True)
         outputs: list[KVWriter] = []
         metrics: dict[str, Metrics] = {}
+        guards: dict[str, Guards] = {}
         if self.leads:
             folder.mkdir(exist_ok=True)
             metrics = {"metrics": Metrics(folder / "metrics.csv")}
-            outputs = [*metrics.values(), Curves(folder, step), progress]
+            tracker = [Tracker(config, self.folder, folder)] if config.tracker else []
+            outputs = [*metrics.values(), Curves(folder, step), *tracker, progress]
+            guards["guards"] = Guards(Thresholds(**config.guards.model_dump()), folder / "warnings.txt")
         progress.start(name)
         # The display counts first: should the MAE's update or a log line raise, it tells the step that did. The MAE
         # learns from complete masks only.
         updates = {} if config.mae.frozen else {"updates": MAEUpdateHook(config.mae.update_every * config.rounds)}
-        log = LogHook(Logger(str(folder), outputs), config.log_interval * config.rounds)
+        log = LogHook(Logger(str(folder), outputs), config.log_interval * config.rounds, guards.get("guards"))
+        watching: dict[str, Snapshots] = {}
+        if self.leads and config.evaluate.pictures:
+            observation = getattr(agent, "observation", "tokens")
+            watching["snapshots"] = Snapshots(
+                config, self.test_set, mae, observation, folder, log, outputs[1:-1], self.console
+            )
         hooks: list[Hook] = [*updates.values(), log]
         if resumable:
-            parts: dict[str, Any] = {"mae": mae, "agent": agent, "log": log, **updates, **metrics}
+            parts: dict[str, Any] = {"mae": mae, "agent": agent, "log": log, **updates, **metrics, **guards, **watching}
             checkpoints = Checkpoints(
                 folder / FOLDER, parts, log, config.checkpoint_minutes, self.termination, self.console, self.leads
             )
@@ -175,7 +189,11 @@ class Run:
                 self.console.print(f"{name} goes on from step {step // config.batch_size}", soft_wrap=True)
         self.termination.waits = resumable
         try:
-            agent.learn(config.steps * config.rounds * agent.env.num_envs, [progress, *hooks])
+            for snapshots in watching.values():
+                snapshots.look(agent)
+            agent.learn(config.steps * config.rounds * agent.env.num_envs, [progress, *watching.values(), *hooks])
+            for snapshots in watching.values():
+                snapshots.look(agent)
         finally:
             self.termination.waits = False
             seconds = (time.perf_counter() - log.start) / config.steps
@@ -185,7 +203,7 @@ class Run:
                     agent.save(policy_file)
                 except (OSError, SafetensorError) as error:
                     raise ConfigError(f"{folder}: weights can't be written: {error}; {GO_ON}") from error
-            for output in outputs[:2]:
+            for output in outputs[:-1]:
                 output.close()
         self.results[name] = {"seconds_per_step": seconds, "mae_updates": mae.num_updates}
         if self.leads:
@@ -216,14 +234,23 @@ class Run:
             return make.load(policy_file, env), env
 
         judged, env = on_test_set(min(64, config.evaluate.clips))
-        figures = evaluate_sampler(judged, env, config.evaluate.clips, EVALUATION_SEED)
-        self.results[name] = figures | self.results[name]
+        found = evaluate_sampler(judged, env, config.evaluate.clips, EVALUATION_SEED)
+        self.results[name] = found.figures | self.results[name]
+        grid = env.task.grid
+        positions = {"grid": [grid.num_steps, grid.rows, grid.columns], "share": found.positions.tolist()}
+        with whole(folder / "positions.json") as partial:
+            partial.write_text(json.dumps(positions) + "\n")
         if config.evaluate.pictures:
-            draw(*on_test_set(EXAMPLES), folder)
+            strips = draw(*on_test_set(EXAMPLES), folder)
+            gallery = {f"gallery/{i}": Image(each, "HWC") for i, each in enumerate(strips)}
+            step = config.steps * config.batch_size * config.rounds
+            curves = Curves(folder, step)
+            curves.write(gallery, dict.fromkeys(gallery, ()), step)
+            curves.close()
         if config.evaluate.tasks:
             self.write_summary(interrupted=True)  # what there is, should a task fail
-            found = downstream(config, config.evaluate.tasks, mae, judged, self.videos, folder, self.console)
-            self.results[name] |= top1_figures(found, config)
+            scores = downstream(config, config.evaluate.tasks, mae, judged, self.videos, folder, self.console)
+            self.results[name] |= top1_figures(scores, config)
 
     def write_summary(self, **more: Any) -> None:
         """Write summary.json: each sampler's figures under its name, seconds and versions; and the bad videos anew."""
@@ -233,6 +260,23 @@ class Run:
         summary = {**self.results, "wall_seconds": time.perf_counter() - self.start, "versions": versions, **more}
         with whole(self.folder / "summary.json") as partial:  # who resumes goes by it
             partial.write_text(json.dumps(summary, indent=2) + "\n")
+
+    def report(self) -> bool:
+        """Write report.html if it is wanted, or say why it can't be: the run is worth what it is without."""
+        if not self.config.evaluate.pictures:
+            return False
+        try:
+            from experiments.report import write_report
+
+            write_report([self.folder])
+            return True
+        except Exception as error:  # whatever lies in the folder
+            self.console.print(
+                f"report.html could not be written ({type(error).__name__}: {error}); the run has all else, and "
+                f"tats report {self.folder} tries again",
+                style="yellow", soft_wrap=True,
+            )  # fmt: skip
+            return False
 
     def table(self) -> Table:
         """The samplers side by side."""
@@ -267,6 +311,8 @@ def run(config: RunConfig, resumed: Path | None = None) -> int:
     Each of the processes that torchrun started is to call this. All samplers are trained first; then process 0 goes on
     alone, so that nobody waits for it through hours of evaluation.
     """
+    if config.deterministic:
+        make_deterministic()
     device = join(config)
     console = Console(quiet=process_index() > 0)
     with led_by_first(), Termination() as termination:
@@ -287,11 +333,13 @@ def run(config: RunConfig, resumed: Path | None = None) -> int:
         except KeyboardInterrupt:
             progress.close()
             this.write_summary(interrupted=True)
-            console.print(f"Interrupted; checkpoints and metrics so far are in {this.folder}", soft_wrap=True)
+            told = "; report.html shows them" if this.report() else ""
+            console.print(f"Interrupted; checkpoints and metrics so far are in {this.folder}{told}", soft_wrap=True)
             return 130
         finally:
             progress.close()
     this.write_summary()
+    this.report()
     console.print(this.table())
     written = sorted(
         path.name for path in this.folder.iterdir() if path.is_file() and path.suffix and "tfevents" not in path.name

@@ -92,7 +92,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     | `repeats` | `1` | environments in a row that share one decoded clip, each under its own crop and mask; divides `num_envs` |
     | `foreground` | `False` | put the true moving foreground into the info (rendered sets, for evaluation only) |
     | `device` | `"auto"` | CUDA where there is one |
-    | `render_mode` | `None` | or `rgb_array`: clip, visible tokens, reconstruction and error, frames side by side |
+    | `render_mode` | `None` | or `rgb_array`: clip, visible tokens, reconstruction and error, frames side by side; `gymnasium.wrappers.RecordVideo` then shows the clip alone after a reset, and after each step what came of it |
 
     `env.unwrapped.mae` is the MAE's learner. It learns only when told: wrap the environment in
     `tats_env.wrappers.CoTrainMAE` to train it as the agent acts.

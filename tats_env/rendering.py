@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 8
 MIN_FRAME_PIXELS = 64
+MAX_FRAME_PIXELS = 128
+FONT_PIXELS = 12
 LABEL_PIXELS = 92
 GAP = 2
 HIDDEN_GREY = 64
@@ -69,22 +71,23 @@ def animation(examples: Sequence[dict[str, np.ndarray]]) -> list[np.ndarray]:
 
 
 def _mosaic(rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Labelled rows of pictures [n, H, W, 3], enlarged where they are small."""
-    from PIL import Image, ImageDraw
+    """Labelled rows of pictures [n, H, W, 3], a whole number of times larger or smaller where they are small or large.
+
+    Height and width are even, as H.264 and its players want them.
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
     n, height, width = next(iter(rows.values())).shape[:3]
-    scale = -(-MIN_FRAME_PIXELS // min(height, width))
-    height, width = height * scale + GAP, width * scale + GAP
-    canvas = np.full((height * len(rows) - GAP, LABEL_PIXELS + width * n - GAP, 3), 255, np.uint8)
-    for r, pictures in enumerate(rows.values()):
+    enlarge, shrink = -(-MIN_FRAME_PIXELS // min(height, width)), -(-min(height, width) // MAX_FRAME_PIXELS)
+    height, width = -(-height * enlarge // shrink) + GAP, -(-width * enlarge // shrink) + GAP
+    full = height * len(rows) - GAP, LABEL_PIXELS + width * n - GAP
+    image = Image.new("RGB", (full[1] + full[1] % 2, full[0] + full[0] % 2), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_PIXELS)
+    for r, (label, pictures) in enumerate(rows.items()):
+        draw.text((4, r * height + height // 2), label, "black", font, anchor="lm")
         for c, picture in enumerate(pictures):
-            large = picture.repeat(scale, 0).repeat(scale, 1)
-            y, x = r * height, LABEL_PIXELS + c * width
-            canvas[y : y + large.shape[0], x : x + large.shape[1]] = large
-    image = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(image)
-    for r, label in enumerate(rows):
-        draw.text((4, r * height + height // 2 - 6), label, fill=(0, 0, 0))
+            large = Image.fromarray(picture.repeat(enlarge, 0).repeat(enlarge, 1))
+            image.paste(large.reduce(shrink), (LABEL_PIXELS + c * width, r * height))
     return np.array(image)
 
 

@@ -39,6 +39,10 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
     A NaN among the actions is then reported by `check()`, which trainers call when they log; and `final_obs` is the
     tensor returned before, so don't write into observations.
 
+    `gymnasium.wrappers.vector.RecordVideo` is to be given a `video_length`, with a trigger that fires once: then each
+    frame after a step shows its decisions. Videos of an episode each end before its last decision under SAME_STEP, as
+    the wrapper warns.
+
     Under `CoTrainMAE` the observation returned with an episode's end is made before that step's update, where a single
     environment's `reset()` comes after it.
 

@@ -454,7 +454,7 @@ def test_tats_version_names_the_package(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rnu", "quickstart"]) == 2
-    verbs = "run, compare, probe, finetune, bench, data"
+    verbs = "run, compare, probe, finetune, report, export, bench, data"
     assert capsys.readouterr().err == f"tats: rnu: unknown verb; there are {verbs}; did you mean tats run?\n"
 
 

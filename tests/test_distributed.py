@@ -236,7 +236,7 @@ def test_when_one_dies_or_at_ctrl_c_all_end_and_nothing_is_left_behind(event: st
             time.sleep(0.1)
         everyone = launcher.children(recursive=True)
         processes = [child for child in launcher.children() if child.environ().get("RANK")]
-        memory = {x.path for child in processes for x in child.memory_maps() if x.path.startswith("/dev/shm/psm")}
+        memory = {x.path for child in processes for x in child.memory_maps() if x.path.startswith("/dev/shm/tats-")}
         assert len(processes) == 2 and len(memory) == 2
         if event == "Ctrl-C":
             launcher.send_signal(signal.SIGINT)

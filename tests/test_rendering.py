@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tats_env  # noqa: F401 (registers the environment)
+from tats_env.grid import TokenGrid
 from tats_env.rendering import GAP, LABEL_PIXELS, animation, decision_rows, strip
 
 
@@ -32,6 +33,7 @@ def stepped(**options: Any) -> Any:
         ({"num_frames": 2}, 1, 64),
         ({"size": 48, "patch_size": 16, "num_frames": 4}, 2, 96),
         ({"size": 100, "patch_size": 20, "num_frames": 6, "tubelet_size": 1}, 6, 100),
+        ({"size": 224, "patch_size": 32, "num_frames": 4}, 2, 112),  # made half as large
     ],
 )
 def test_a_picture_has_four_rows_of_frames_before_and_after_the_decision(
@@ -55,6 +57,27 @@ def test_the_first_row_shows_the_first_frame_of_each_tubelet_of_the_clip() -> No
     for column in range(8):
         left = LABEL_PIXELS + column * (64 + GAP)
         assert np.array_equal(picture[:64, left : left + 64], clip[2 * column].repeat(2, 0).repeat(2, 1))
+
+
+@pytest.mark.parametrize(("size", "columns"), [(65, 1), (65, 2), (129, 1), (32, 1)])
+def test_pictures_have_even_sides_as_videos_want_them(size: int, columns: int) -> None:
+    grid = TokenGrid(columns, size, size, 1, size)
+    clip = np.full((columns, size, size, 3), 7, np.uint8)
+    for rows in ({"clip": clip}, {"clip": clip, "visible": clip}):
+        picture = strip(rows, grid)
+        assert picture.shape[0] % 2 == picture.shape[1] % 2 == 0
+        shown = 64 if size == 32 else 65
+        assert (picture[:, LABEL_PIXELS:] == 7).all(-1).sum() == len(rows) * columns * shown**2
+
+
+def test_labels_fit_beside_their_rows() -> None:
+    clip = np.zeros((1, 64, 64, 3), np.uint8)
+    labels = ("clip", "visible", "reconstruction", "error", "policy")
+    picture = strip(dict.fromkeys(labels, clip), TokenGrid(1, 64, 64, 1, 64))
+    ink = picture[:, :LABEL_PIXELS].min(-1) < 128
+    for r in range(len(labels)):
+        assert 20 < ink[r * (64 + GAP) : (r + 1) * (64 + GAP)].sum()
+    assert not ink[:, -4:].any()
 
 
 def test_without_a_render_mode_there_is_no_picture() -> None:

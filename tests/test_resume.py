@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -202,7 +203,7 @@ def metrics_of(folder: Path) -> list[dict[str, str]]:
 
 
 def assert_same(run: Path, unbroken: Path, *samplers: str) -> None:
-    """Metrics, weights and results of two runs are equal to the last bit."""
+    """Metrics, weights, masks on the way and results of two runs are equal to the last bit."""
     for folder, other in ((run / name, unbroken / name) for name in (".", *samplers)):
         assert metrics_of(folder) == metrics_of(other)
         weights = list(other.glob("*.safetensors"))
@@ -211,6 +212,10 @@ def assert_same(run: Path, unbroken: Path, *samplers: str) -> None:
             found, expected = load_file(folder / path.name), load_file(path)
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], expected[name]) for name in expected), path
+        for path in other.glob("*.npz"):
+            seen, foreseen = np.load(folder / path.name), np.load(path)
+            assert seen.files == foreseen.files and len(seen["steps"]) == 10
+            assert all(np.array_equal(seen[name], foreseen[name]) for name in seen.files), path
         assert not list(folder.glob("**/*.pt")) and not list(folder.glob("**/*.partial"))
     results = [json.loads((folder / "summary.json").read_text()) for folder in (run, unbroken)]
     for found in results:
@@ -225,7 +230,7 @@ def assert_same(run: Path, unbroken: Path, *samplers: str) -> None:
 def unbroken(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
     """Configuration of a run with its baseline; the folder of one that writes no checkpoint; how long it took."""
     folder = tmp_path_factory.mktemp("unbroken")
-    config = configure(folder, evaluate=SMALL["evaluate"] | {"baseline": True})
+    config = configure(folder, evaluate=SMALL["evaluate"] | {"baseline": True, "pictures": True})
     nursery.start(folder / "log", "run", config, "--out", folder, "--checkpoint-minutes", "5")
     start = time.monotonic()
     assert nursery.wait() == 0, (folder / "log").read_text()
@@ -341,7 +346,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_counts(
         newest.with_suffix(".sha256").unlink()
     else:
         pickled = io.BytesIO()
-        torch.save({"format": "tats-env checkpoint 1", "step": 1, "mae": Hostile(tmp_path / "ran")}, pickled)
+        torch.save({"format": "tats-env checkpoint 2", "step": 1, "mae": Hostile(tmp_path / "ran")}, pickled)
         content = bytearray(pickled.getvalue())
         newest.with_suffix(".sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  {newest.name}\n")
     newest.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -17,9 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.ppo import PPO
 from experiments.config import load_config
+from experiments.run import Run
 from tats_env.data import motion
 from tats_env.mae import load_learner
 
@@ -54,8 +58,40 @@ def test_run_leaves_everything_that_is_promised(finished: tuple[Path, str]) -> N
         with Image.open(sampler_folder / "masks.gif") as gif:
             assert gif.n_frames == 16
         assert np.asarray(Image.open(sampler_folder / "masks.png")).std() > 10
+        assert {path.name for path in (sampler_folder / "gallery").iterdir()} == {f"{i}.webp" for i in range(6)}
+        for path in (sampler_folder / "gallery").iterdir():
+            with Image.open(path) as example:
+                assert example.n_frames == 16 and path.stat().st_size < 100_000
+        with np.load(sampler_folder / "snapshots.npz") as snapshots:
+            assert snapshots["steps"].tolist() == [0, 1, 3, 4, 5, 7, 8, 9, 11, 12]
+        positions = json.loads((sampler_folder / "positions.json").read_text())
+        assert positions["grid"] == [8, 4, 4] and sum(positions["share"]) == pytest.approx(12)
+        curves = EventAccumulator(str(sampler_folder), {"images": 0}).Reload()
+        assert len(curves.Scalars("mae/loss")) == 3
+        assert set(curves.Tags()["images"]) == {f"masks/{i}" for i in range(2)} | {f"gallery/{i}" for i in range(6)}
+        steps = [event.step for event in curves.Images("masks/0")]
+        assert steps == [8 * batches for batches in (0, 1, 3, 4, 5, 7, 8, 9, 11, 12)]
     assert load_learner(folder / "mae.safetensors").size == "tiny"
     assert PPO.load(folder / "policy.safetensors").credit == "token_motion"
+
+
+def test_run_ends_with_a_report_and_names_it(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    assert "report.html" in printed.splitlines()[-1]
+    assert (folder / "report.html").read_text().count("data:image/webp") >= 6
+
+
+def test_report_that_fails_is_told_of_and_loses_nothing(
+    finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = finished
+    console = Console(file=io.StringIO())
+    this = object.__new__(Run)
+    this.folder, this.console, this.config = folder, console, load_config(str(folder / "config.yaml"))
+    monkeypatch.setattr("experiments.report.write_report", lambda folders: Path("/no/such").write_text(""))
+    assert this.report() is False
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "report.html could not be written (FileNotFoundError" in said and f"tats report {folder}" in said
 
 
 def test_summary_holds_the_table(finished: tuple[Path, str]) -> None:
@@ -160,12 +196,13 @@ def test_ctrl_c_leaves_a_usable_run_folder(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, output
-    assert "Traceback" not in output and "Interrupted" in output
+    assert "Traceback" not in output and "Interrupted" in output and "report.html shows them" in output
     folder = tmp_path / "quickstart"
     assert json.loads((folder / "summary.json").read_text())["interrupted"] is True
     assert load_learner(folder / "mae.safetensors").size == "tiny"
     PPO.load(folder / "policy.safetensors")
     assert len(list(csv.DictReader(metrics.open()))) >= 2
+    assert "data:image/webp" in (folder / "report.html").read_text()  # the masks so far
 
 
 def readme_block(name: str) -> str:

@@ -262,14 +262,15 @@ def test_a_killed_packing_leaves_whole_shards_and_is_taken_up_again(tmp_path: Pa
     reference = tmp_path / "reference"
     write_shards(listing, reference, "train", (32, 48), per_shard=2)
     code = f"""
-import os, signal
+import os, signal, time
 from pathlib import Path
 from tats_env.data import shards
 from tats_env.data.listing import Listing
-shards.num_cores = lambda: 1
-real = shards.read_frames
+real, first = shards.read_frames, Path({str(tmp_path / "out" / "train" / "shard-000000.tar")!r})
 def read(path, *arguments, **options):
     if path == Path({str(listing.paths[3])!r}):  # the second of the second shard
+        while not first.exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path, *arguments, **options)
 shards.read_frames = read

@@ -2,9 +2,9 @@
 
 An index is a file ``index/<hash>.json`` in the cache folder, one for the folder that all the videos asked for lie in
 and for the decoder. An entry stands for a file of a certain size and time of change; a changed file is opened anew.
-What is unreadable is remembered with the reason, unless the reason may pass (a file that is not there or may not be
-read). Several processes may use an index at once: each adds what it found, under a lock, and moves a whole new file
-into place.
+What is unreadable, or makes the decoder crash, is remembered with the reason, unless the reason may pass (a file that
+is not there or may not be read, a decoder that takes too long or is killed). Several processes may use an index at
+once: each adds what it found, under a lock, and moves a whole new file into place.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from tats_env.data.reader import UnreadableVideo, VideoInfo, num_cores, probe, shard_of
+from tats_env.data.reader import UnreadableVideo, VideoInfo, probe, shard_of
+from tats_env.data.workers import on_all_cores, seconds_for
 
 SAVE_EVERY = 60.0  # seconds; what a start that is killed can lose
 LOCK_TIMEOUT = 60.0  # seconds
@@ -28,34 +30,7 @@ LOCK_TIMEOUT = 60.0  # seconds
 _VERSION = 1
 _STATS_AT_ONCE = 16  # more than cores, since a network drive is waited for
 _log = logging.getLogger("tats_env.data")
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 _Stamp = tuple[int, int]  # size in bytes, time of change in ns
-
-
-def on_all_cores(
-    work: Callable[[_T], _R], items: Sequence[_T], say: str, progress: bool
-) -> Iterator[_R | UnreadableVideo]:
-    """``work`` on every item in threads on all cores, in order; a video that cannot be read yields its error.
-
-    Args:
-        say: beside the progress bar, if ``progress``.
-    """
-    from rich.progress import track
-
-    def attempt(item: _T) -> _R | UnreadableVideo:
-        try:
-            return work(item)
-        except UnreadableVideo as error:
-            return error
-
-    pool = ThreadPoolExecutor(num_cores())
-    try:
-        results = pool.map(attempt, items)
-        # Not track(disable=True), with which rich 14 prints an empty line
-        yield from track(results, say, total=len(items)) if progress and items else results
-    finally:
-        pool.shutdown(cancel_futures=True)  # interrupted: do not wait for the rest of the work
 
 
 def index_file(paths: Sequence[Path], decoder: str = "decord") -> Path:
@@ -64,11 +39,14 @@ def index_file(paths: Sequence[Path], decoder: str = "decord") -> Path:
 
 
 def probe_all(
-    paths: Sequence[Path], decoder: str = "decord", progress: bool = False
+    paths: Sequence[Path], decoder: str = "decord", progress: bool = False, workers: int = 0
 ) -> list[VideoInfo | UnreadableVideo]:
     """Length and size of each video, or why it cannot be read; opens those that the index does not know.
 
     A cache folder that cannot be written to is a warning.
+
+    Args:
+        workers: processes that open them, so that a decoder which crashes or hangs costs one video; 0 means threads.
     """
     if not paths:
         return []
@@ -80,25 +58,21 @@ def probe_all(
     recalled = [_recall(entries.get(key), stamp, path) for key, stamp, path in zip(keys, stamps, paths, strict=True)]
     unknown = [i for i, info in enumerate(recalled) if info is None]
 
-    def open_video(i: int) -> VideoInfo:
-        try:
-            return probe(paths[i], decoder)
-        except UnreadableVideo:  # for a decoder it is all the same what kept it from reading
-            try:
-                (shard_of(paths[i]) or paths[i]).open("rb").close()
-            except OSError as error:
-                raise UnreadableVideo(paths[i], error.strerror or type(error).__name__) from error
-            raise
+    # Some decoders read the whole file
+    orders = [(paths[i], seconds_for(num_bytes=int(stamps[i][0]))) for i in unknown]
+    found = on_all_cores(
+        partial(_open_video, decoder), orders, "opening videos", progress, workers, lambda order: order
+    )
 
     fresh: dict[str, list[Any]] = {}
     save_at = time.monotonic() + SAVE_EVERY
     opened: dict[int, VideoInfo | UnreadableVideo] = {}
     try:
-        for i, info in zip(unknown, on_all_cores(open_video, unknown, "opening videos", progress), strict=True):
+        for i, info in zip(unknown, found, strict=True):
             opened[i] = info
             if not isinstance(info, UnreadableVideo):
                 fresh[keys[i]] = [*stamps[i], *info]
-            elif not isinstance(info.__cause__, (OSError, MemoryError)):  # these may pass
+            elif not info.passes:
                 fresh[keys[i]] = [*stamps[i], info.reason]
             if time.monotonic() > save_at:
                 save_at = time.monotonic() + SAVE_EVERY if _save(file, fresh) else float("inf")
@@ -107,6 +81,18 @@ def probe_all(
         if fresh and save_at < float("inf"):
             _save(file, fresh)
     return [opened[i] if info is None else info for i, info in enumerate(recalled)]
+
+
+def _open_video(decoder: str, order: tuple[Path, float]) -> VideoInfo:
+    path, _ = order
+    try:
+        return probe(path, decoder)
+    except UnreadableVideo:  # for a decoder it is all the same what kept it from reading
+        try:
+            (shard_of(path) or path).open("rb").close()
+        except OSError as error:
+            raise UnreadableVideo(path, error.strerror or type(error).__name__, passes=True) from error
+        raise
 
 
 def _root(names: Sequence[str]) -> str:

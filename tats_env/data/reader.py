@@ -27,14 +27,19 @@ class DataError(ValueError):
 
 
 class UnreadableVideo(DataError):
-    """A file that does not decode into the frames asked for. ``reason`` is one line."""
+    """A file that does not decode into the frames asked for.
 
-    def __init__(self, path: Path, reason: str) -> None:
+    Args:
+        reason: one line.
+        passes: whether it may well be the machine's fault and not the file's, so that another try makes sense.
+    """
+
+    def __init__(self, path: Path, reason: str, passes: bool = False) -> None:
         super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
+        self.path, self.reason, self.passes = path, reason, passes
 
-    def __reduce__(self) -> tuple[type[UnreadableVideo], tuple[Path, str]]:
-        return type(self), (self.path, self.reason)  # it travels home from worker processes
+    def __reduce__(self) -> tuple[type[UnreadableVideo], tuple[Path, str, bool]]:
+        return type(self), (self.path, self.reason, self.passes)  # it travels home from worker processes
 
 
 class VideoInfo(NamedTuple):
@@ -71,7 +76,7 @@ def _decord() -> ModuleType:
     return decord
 
 
-class DecordReader:
+class DecordReader(VideoReader):
     """A video through decord, scaled to ``size`` (rows, columns) if given. It lets go of the interpreter meanwhile."""
 
     def __init__(self, source: Path | bytes, size: tuple[int, int] | None = None) -> None:
@@ -114,7 +119,7 @@ def _torchcodec() -> ModuleType:
     return torchcodec
 
 
-class TorchcodecReader:
+class TorchcodecReader(VideoReader):
     """A video through torchcodec (0.10 or later) on the CPU, scaled to ``size`` (rows, columns) if given.
 
     Of an avi file with B-frames, torchcodec 0.17 misses the last frame: the whole of it is unreadable.
@@ -135,7 +140,7 @@ class TorchcodecReader:
         return self._video.get_frames_at(indices.tolist()).data.numpy()
 
 
-class NpyReader:
+class NpyReader(VideoReader):
     """Decoded frames [L, h, w, 3] in npy format, read in place, scaled to ``size`` (rows, columns) if given.
 
     They are ``length`` bytes from ``offset`` of the file; to its end if None. Only the frames asked for are read: read
@@ -238,7 +243,7 @@ def _decoding(path: Path) -> Iterator[None]:
             line = "cannot be opened as a video (another kind of file, or cut off before its index)"
         elif "cannot find video stream" in line or "best video stream is unknown" in line:
             line = "has no video stream"
-        raise UnreadableVideo(path, line) from error
+        raise UnreadableVideo(path, line, passes=isinstance(error, (OSError, MemoryError))) from error
 
 
 def probe(path: Path, decoder: str = "decord") -> VideoInfo:

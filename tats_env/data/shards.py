@@ -11,31 +11,36 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import tarfile
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from tats_env.data.folder import EXTENSIONS
+from tats_env.data.index import probe_all
 from tats_env.data.listing import Listing
 from tats_env.data.reader import (
     DECODERS,
     DataError,
     NpyReader,
     UnreadableVideo,
+    VideoInfo,
     VideoReader,
     cover,
     num_cores,
-    probe,
     read_frames,
 )
+from tats_env.data.workers import on_all_cores, seconds_for
 
 FOLDERS = {"train": ("train",), "validation": ("validation", "val")}
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_DECODED = ".decoded-"
 _LARGEST_NOTE = 1 << 20  # bytes; a .cls or .json is a few dozen
 
 _log = logging.getLogger("tats_env.data")
@@ -195,12 +200,14 @@ def write_shards(
     *,
     per_shard: int = 100,
     decoder: str = "decord",
+    workers: int = 0,
     progress: bool = False,
 ) -> list[UnreadableVideo]:
     """Write a listing's videos, decoded, into ``folder/split/shard-000000.tar`` and on, all cores at once.
 
     ``size`` (H, W) covers and crops at the centre; a number is the shorter side, of which a video that is smaller
     keeps its own size. Each shard is renamed when whole: after a kill, the same call writes those that lack.
+    ``workers`` are processes, so that a decoder which crashes or hangs costs one video; 0 means threads.
 
     Returns:
         The videos left out because they cannot be decoded, of the shards written now.
@@ -209,7 +216,6 @@ def write_shards(
         DataError: if the folder holds shards of other videos or of another size.
     """
     from filelock import FileLock
-    from rich.progress import track
 
     target = folder / split
     target.mkdir(parents=True, exist_ok=True)
@@ -220,14 +226,19 @@ def write_shards(
     }
     with FileLock(folder / ".lock"):  # the other split's too may be being written
         _write_classes(listing, folder)
-    with FileLock(target / ".lock"), ThreadPoolExecutor(num_cores()) as pool:
+    with FileLock(target / ".lock"):
         for shard in target.glob("*.tar"):
             if shard not in plan or not _holds(shard, plan[shard], size):
                 raise DataError(f"{shard} holds other videos, or at another size, than asked for; take an empty folder")
+        for left in target.glob(f"{_DECODED}*"):  # by a packing that was killed
+            shutil.rmtree(left)
         missing = [shard for shard in plan if not shard.exists()]
-        work = pool.map(partial(_write_shard, size=size, decoder=decoder), missing, [plan[s] for s in missing])
-        done = track(work, "packing videos", total=len(missing)) if progress else work
-        bad = [error for errors in done for error in errors]
+        infos = probe_all([path for shard in missing for _, path, _ in plan[shard]], decoder, progress, workers)
+        orders = list(zip((row for shard in missing for row in plan[shard]), infos, strict=True))
+        with tempfile.TemporaryDirectory(prefix=_DECODED, dir=target) as place:
+            work = partial(_decode, folder=Path(place), size=size, decoder=decoder)
+            decoded = on_all_cores(work, orders, "packing videos", progress, workers, _about)
+            bad = [error for shard in missing for error in _write_shard(shard, plan[shard], decoded, size)]
     for error in bad:
         _log.warning("left out: %s", error)
     return bad
@@ -260,26 +271,54 @@ def _holds(shard: Path, rows: list[_Row], size: tuple[int, int] | int) -> bool:
     return {(note.get("source"), note.get("label"), json.dumps(note.get("size"))) for note in notes} <= made
 
 
-def _write_shard(shard: Path, rows: list[_Row], *, size: tuple[int, int] | int, decoder: str) -> list[UnreadableVideo]:
+_Order = tuple[_Row, VideoInfo | UnreadableVideo]
+
+
+def _about(order: _Order) -> tuple[Path, float]:
+    (_, path, _), info = order
+    return path, seconds_for(info.num_frames if isinstance(info, VideoInfo) else 0)
+
+
+def _decode(order: _Order, *, folder: Path, size: tuple[int, int] | int, decoder: str) -> tuple[Path, float]:
+    """Decode a video into a file; returns that and the frame rate."""
+    (number, path, _), info = order
+    if isinstance(info, UnreadableVideo):
+        raise info
+    frames = read_frames(path, _packed(info.height, info.width, size), info=info, decoder=decoder)
+    decoded = folder / f"{number:06d}.npy"
+    np.save(decoded, frames)
+    return decoded, info.fps
+
+
+def _write_shard(
+    shard: Path,
+    rows: list[_Row],
+    decoded: Iterator[tuple[Path, float] | UnreadableVideo],
+    size: tuple[int, int] | int,
+) -> list[UnreadableVideo]:
+    """Put the next videos into a tar file."""
     bad: list[UnreadableVideo] = []
     temporary = shard.with_name(f".{shard.name}.new")
     with tarfile.open(temporary, "w:") as tar:
-        for number, path, label in rows:
-            try:
-                info = probe(path, decoder)
-                frames = read_frames(path, _packed(info.height, info.width, size), info=info, decoder=decoder)
-            except UnreadableVideo as error:
-                bad.append(error)
+        for (number, path, label), result in zip(rows, decoded, strict=False):
+            if isinstance(result, UnreadableVideo):
+                bad.append(result)
                 continue
-            array = io.BytesIO()
-            np.save(array, frames)
-            note = {"label": label, "fps": info.fps, "source": _source(path), "size": size}
-            for kind, contents in (("npy", array.getbuffer()), ("json", json.dumps(note).encode())):
-                member = tarfile.TarInfo(f"{number:06d}.{kind}")
-                member.size = len(contents)
-                tar.addfile(member, io.BytesIO(contents))
+            frames, fps = result
+            note = {"label": label, "fps": fps, "source": _source(path), "size": size}
+            with frames.open("rb") as stream:
+                _add(tar, f"{number:06d}.npy", stream, frames.stat().st_size)
+            frames.unlink()
+            text = json.dumps(note).encode()
+            _add(tar, f"{number:06d}.json", io.BytesIO(text), len(text))
     temporary.rename(shard)
     return bad
+
+
+def _add(tar: tarfile.TarFile, name: str, contents: BinaryIO, length: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = length
+    tar.addfile(member, contents)
 
 
 def _packed(height: int, width: int, size: tuple[int, int] | int) -> tuple[int, int]:

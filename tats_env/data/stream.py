@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
+import secrets
 import shutil
 import weakref
 from collections import deque
@@ -20,18 +20,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tats_env.data.reader import DataError, UnreadableVideo, VideoInfo, num_cores, read_frames
+from tats_env.data.workers import (
+    ENDED,
+    LOST_AFTER,
+    Processes,
+    num_workers,
+    seconds_for,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from tats_env.data.cache import FrameCache
 
-CLIP_SECONDS = 60.0
-"""A worker process that takes longer for one clip is ended."""
-CACHED_FRAMES_A_SECOND = 10.0
-"""With a cache, which decodes whole videos, the time allowed grows by a second for each ten frames."""
 SLOTS_PER_WORKER = 2
 """Clips on their way at a time: one that is decoded, one that follows at once."""
-LOST_AFTER = 1.0
-"""Seconds without news after which the pool is asked whether it is still there."""
 _log = logging.getLogger("tats_env.data")
 
 
@@ -65,28 +67,36 @@ class ClipReader:
 
 # In a worker process: what to read with, and where to write
 _reader: ClipReader
-_slots: np.ndarray
-_memory: SharedMemory
+_slots: np.ndarray | None = None
+_memory: SharedMemory | None = None
 
 
 def _begin_worker(reader: ClipReader, memory: str, shape: tuple[int, ...]) -> None:
     global _reader, _slots, _memory
+    _slots = None
+    if _memory is not None:  # of another stream
+        _memory.close()
     _memory = SharedMemory(memory)
     _reader, _slots = reader, np.ndarray(shape, np.uint8, _memory.buf)
 
 
-def _work(slot: int, *request: Any) -> None:
-    _slots[slot] = _reader(*request)
+def _work(slot: int, path: Path, info: VideoInfo, frames: Sequence[int], position: float) -> None:
+    assert _slots is not None
+    _slots[slot, : len(frames)] = _reader(path, info, frames, position)
+
+
+Clips = np.ndarray | Sequence[np.ndarray]
+"""Where clips go: uint8 [B, T, H, W, 3], or B of [T, H, W, 3] with a T of their own."""
 
 
 class Batch:
-    """Clips of one batch on their way into ``clips`` [B, T, H, W, 3]; made by ``ClipStream.begin``.
+    """Clips of one batch on their way into ``clips``; made by ``ClipStream.begin``.
 
     Attributes:
         failed: why not, by video, for those that cannot be decoded.
     """
 
-    def __init__(self, requests: Sequence[ClipRequest], clips: np.ndarray) -> None:
+    def __init__(self, requests: Sequence[ClipRequest], clips: Clips) -> None:
         self.clips = clips
         self.rows: dict[ClipRequest, list[int]] = {}
         for i, request in enumerate(requests):
@@ -102,6 +112,11 @@ class Batch:
         """Whether there is nothing left to wait for."""
         return self.dropped or self.defect is not None or not (self.waiting or self.running)
 
+    def fail(self, video: int, error: UnreadableVideo) -> None:
+        """Take down why a video cannot be decoded, and ask for no more of it."""
+        self.failed[video] = error
+        self.waiting = deque(request for request in self.waiting if request.video != video)
+
     def tries_again(self, request: ClipRequest) -> bool:
         """Whether it may have been the machine's fault: so once for each clip."""
         first = request not in self._tried
@@ -110,7 +125,7 @@ class Batch:
 
 
 class ClipStream:
-    """A pool that decodes clips of one shape, each into a slot of one block of memory.
+    """A pool that decodes clips, each into a slot of one block of memory.
 
     With processes, a decoder that crashes or hangs costs one clip: its process is started anew, the clip is tried once
     more, and then its video is reported as unreadable. Nothing depends on how many workers there are or on who
@@ -120,7 +135,7 @@ class ClipStream:
     Args:
         paths, infos: the videos.
         reader: how to decode.
-        clip_shape: (T, H, W) of its clips.
+        clip_shape: (T, H, W) of its clips; some may have fewer frames.
         workers: processes; 0, or a daemonic process of our own, which may start none, means threads.
     """
 
@@ -133,7 +148,7 @@ class ClipStream:
         workers: int,
     ) -> None:
         self.paths, self.infos, self.reader, self.clip_shape = paths, infos, reader, (*clip_shape, 3)
-        self.workers = 0 if multiprocessing.current_process().daemon else workers
+        self.workers = num_workers(workers)
         self._process = 0
 
     def _start(self) -> None:
@@ -146,6 +161,7 @@ class ClipStream:
             try:
                 self._memory = _shared_memory(count * clip_bytes)
                 self._slots = np.ndarray((count, *self.clip_shape), np.uint8, self._memory.buf)
+                self._forget = weakref.finalize(self, _forget, self._memory.name, os.getpid())
             except OSError as error:
                 _log.warning("no shared memory for decoded clips (%s; docker run has --shm-size): using threads", error)
                 self.workers = 0
@@ -160,21 +176,24 @@ class ClipStream:
         """Start the workers, with every slot free."""
         self._pool: Any
         if self.workers:
-            from pebble import ProcessPool
-
-            self._pool = ProcessPool(
-                self.workers, initializer=_begin_worker, initargs=(self.reader, self._memory.name, self._slots.shape),
-                context=multiprocessing.get_context("spawn"),
-            )  # fmt: skip
-            self._end = weakref.finalize(self, _end, self._pool, self._memory.name, os.getpid())
+            self._pool = Processes(self.workers, _begin_worker, self.reader, self._memory.name, self._slots.shape)
         else:
             self._pool = ThreadPoolExecutor(num_cores(), "tats-decode")
         self._free = list(range(len(self._slots)))
         self._running: dict[Future[None], tuple[Batch, ClipRequest, int]] = {}
         self._renewed = False
 
-    def begin(self, requests: Sequence[ClipRequest], clips: np.ndarray) -> Batch:
-        """Put a batch in line, to be written into ``clips`` [B, T, H, W, 3]; equal requests are decoded once."""
+    def close(self) -> None:
+        """Let go of processes, which have nothing to do, and memory; the next batch takes others."""
+        if self._process == os.getpid() and self.workers:
+            self._pool.stand_by()
+            self._forget()
+            del self._slots  # which lie in the memory
+            self._memory.close()
+            self._process = 0
+
+    def begin(self, requests: Sequence[ClipRequest], clips: Clips) -> Batch:
+        """Put a batch in line, to be written into ``clips``; equal requests are decoded once."""
         self._start()
         batch = Batch(requests, clips)
         self._batches.append(batch)
@@ -197,7 +216,7 @@ class ClipStream:
             raise batch.defect
         return batch.failed
 
-    def take(self, requests: Sequence[ClipRequest], clips: np.ndarray) -> dict[int, UnreadableVideo]:
+    def take(self, requests: Sequence[ClipRequest], clips: Clips) -> dict[int, UnreadableVideo]:
         """``begin`` and ``finish`` in one."""
         return self.finish(self.begin(requests, clips))
 
@@ -216,9 +235,7 @@ class ClipStream:
             request = batch.waiting[0]
             try:
                 future = self._submit(request, self._free[-1])
-            except RuntimeError:  # pebble's word for a pool that has ended
-                if not self.workers:
-                    raise
+            except BrokenProcessPool:
                 self._renew_pool()
                 continue
             self._running[future] = batch, batch.waiting.popleft(), self._free.pop()
@@ -226,14 +243,12 @@ class ClipStream:
             future.add_done_callback(self._news.put)
 
     def _submit(self, request: ClipRequest, slot: int) -> Future[None]:
-        path, info = self.paths[request.video], self.infos[request.video]
-        order = path, info, request.frames, request.position
+        path, info, frames = self.paths[request.video], self.infos[request.video], request.frames
+        order = path, info, frames, request.position
         if not self.workers:
-            return self._pool.submit(lambda: self._slots.__setitem__(slot, self.reader(*order)))
-        seconds = CLIP_SECONDS
-        if self.reader.cache is not None:
-            seconds += info.num_frames / CACHED_FRAMES_A_SECOND
-        future: Future[None] = self._pool.schedule(_work, args=(slot, *order), timeout=seconds)
+            return self._pool.submit(lambda: self._slots[slot].__setitem__(slice(len(frames)), self.reader(*order)))
+        seconds = seconds_for(info.num_frames if self.reader.cache is not None else len(frames))
+        future: Future[None] = self._pool.schedule(_work, (slot, *order), seconds)
         return future
 
     def _take_in(self) -> None:
@@ -249,24 +264,20 @@ class ClipStream:
         if future is None or future not in self._running:
             return
         batch, request, slot = self._running[future]
-        path = self.paths[request.video]
         try:
             future.result()
             if not batch.done:
                 for row in batch.rows[request]:
-                    batch.clips[row] = self._slots[slot]
+                    batch.clips[row][:] = self._slots[slot, : len(request.frames)]
         except BrokenProcessPool:
             return self._renew_pool()
         except UnreadableVideo as error:
-            batch.failed[request.video] = error
+            batch.fail(request.video, error)
         except (TimeoutError, ProcessExpired) as error:
             if batch.tries_again(request):
                 self._wait_again(batch, request)
-            elif isinstance(error, ProcessExpired):
-                reason = f"decoding it ends the process (exit code {error.exitcode})"
-                batch.failed[request.video] = UnreadableVideo(path, reason)
             else:
-                batch.failed[request.video] = UnreadableVideo(path, "decoding a clip of it takes too long")
+                batch.fail(request.video, verdict(self.paths[request.video], error))
         except Exception as error:
             batch.defect = error
         del self._running[future]
@@ -282,13 +293,8 @@ class ClipStream:
     def _renew_pool(self) -> None:
         """Start anew after all workers were killed while they had nothing to do, which ends pebble's pool."""
         if self._renewed:
-            raise DataError(
-                "the processes that decode end as soon as they are started: a script that is run directly needs "
-                "if __name__ == '__main__': around what it does; or decode in threads, workers=0"
-            )
-        self._end.detach()
-        self._pool.stop()
-        self._pool.join()
+            raise DataError(ENDED)
+        self._pool.end()
         for batch, request, _ in reversed(self._running.values()):
             batch.running -= 1
             self._wait_again(batch, request)
@@ -309,7 +315,7 @@ def _shared_memory(size: int) -> SharedMemory:
     """
     if not size:
         raise OSError("/dev/shm is full")
-    memory = SharedMemory(create=True, size=size)
+    memory = SharedMemory(f"tats-{os.getpid()}-{secrets.token_hex(4)}", create=True, size=size)
     place = Path("/dev/shm", memory.name)
     try:
         if place.exists():
@@ -322,9 +328,7 @@ def _shared_memory(size: int) -> SharedMemory:
     return memory
 
 
-def _end(pool: Any, memory: str, process: int) -> None:
-    """Let go of worker processes and shared memory, in the process that made them."""
+def _forget(memory: str, process: int) -> None:
+    """Let go of shared memory, in the process that made it."""
     if process == os.getpid():
-        pool.stop()
-        pool.join()
         SharedMemory(memory).unlink()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tats_env.data.augment import crop_and_flip, crop_boxes, flips
-from tats_env.data.index import on_all_cores, probe_all
+from tats_env.data.index import probe_all
 from tats_env.data.listing import Listing
-from tats_env.data.reader import DataError, UnreadableVideo, VideoInfo, read_frames
+from tats_env.data.reader import DataError, UnreadableVideo, VideoInfo
 from tats_env.data.sampling import dense_frames, test_starts, uniform_frames
 from tats_env.data.staging import Stage, WaitClock
 from tats_env.data.stream import ClipReader, ClipRequest, ClipStream
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tats_env.data.cache import FrameCache
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded frames kept in memory; a set with more is streamed
+CHUNK_BYTES = 8 << 20  # of decoded frames that a worker hands over at a time
 MARGIN = 8 / 7  # of what is decoded over what a random crop makes of it: 256 pixels for 224
 POSITIONS = 5  # along the longer side, from which a random crop is taken
 CENTRE = 0.5
@@ -102,7 +104,7 @@ class VideoSet:
         self.has_foreground = truth is not None
 
         paths = listing.paths
-        found = probe_all(paths, decoder, progress)
+        found = probe_all(paths, decoder, progress, workers)
         lengths = np.array([0 if isinstance(info, UnreadableVideo) else info.num_frames for info in found], np.int64)
         offsets = np.cumsum(lengths) - lengths
         shape = (int(lengths.sum()), *self.canvas, 3)
@@ -112,21 +114,8 @@ class VideoSet:
         whole = augment == "none" or all(fits[lengths > 0])  # else most crops would be decoded anew
         if whole and np.prod(shape, dtype=np.int64) <= MEMORY_LIMIT:
             self._frames = torch.empty(shape, dtype=torch.uint8)
-            rows = self._frames.numpy()
-
-            def decode(v: int) -> VideoInfo:
-                info = found[v]
-                if isinstance(info, UnreadableVideo):
-                    raise info
-                every = np.arange(info.num_frames)
-                if cache is not None:
-                    frames = cache.frames(paths[v], info, self.canvas, CENTRE, decoder, every)
-                else:
-                    frames = read_frames(paths[v], self.canvas, every, info, decoder=decoder)
-                rows[offsets[v] : offsets[v] + info.num_frames] = frames
-                return info
-
-            found = list(on_all_cores(decode, range(len(paths)), "decoding videos", progress))
+            if shape[0]:
+                found = self._decode(paths, found, offsets, ClipReader(self.canvas, decoder, cache), workers, progress)
 
         good = [v for v, info in enumerate(found) if not isinstance(info, UnreadableVideo)]
         self.bad_videos = [(str(e.path), e.reason) for e in found if isinstance(e, UnreadableVideo)]
@@ -152,6 +141,35 @@ class VideoSet:
         self._stage = Stage(self._stream, self.waits)
         self._resident: dict[torch.device, Tensor] = {}  # the frames to gather from for each device
         self._masks: dict[torch.device, tuple[Tensor, np.ndarray]] = {}  # all masks, and which are known [V]
+
+    def _decode(
+        self,
+        paths: Sequence[Path],
+        found: Sequence[VideoInfo | UnreadableVideo],
+        offsets: np.ndarray,
+        reader: ClipReader,
+        workers: int,
+        progress: bool,
+    ) -> list[VideoInfo | UnreadableVideo]:
+        """Decode all videos into ``self._frames``, each from its offset; what was found, and then who failed."""
+        from rich.progress import track
+
+        assert self._frames is not None
+        rows = self._frames.numpy()
+        # Whole videos, but for long ones: to go on in the midst of a file takes time
+        most = max(1, CHUNK_BYTES // (3 * math.prod(self.canvas)))
+        lengths = [x.num_frames if isinstance(x, VideoInfo) else 0 for x in found]
+        infos = cast(Sequence[VideoInfo], found)  # of the others nothing is asked
+        stream = ClipStream(paths, infos, reader, (min(most, max(lengths)), *self.canvas), min(workers, len(paths)))
+        batches = []
+        for v, length in enumerate(lengths):
+            parts = [range(start, min(start + most, length)) for start in range(0, length, most)]
+            places = [rows[offsets[v] + part.start : offsets[v] + part.stop] for part in parts]
+            batches.append(stream.begin([ClipRequest(v, tuple(part)) for part in parts], places))
+        finished = map(stream.finish, batches)
+        failed = list(track(finished, "decoding videos", total=len(batches)) if progress else finished)
+        stream.close()
+        return [failed[v].get(v, x) for v, x in enumerate(found)]
 
     def __len__(self) -> int:
         return len(self.paths)
