@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +12,14 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from agents.base import Agent
-from tats_env.mae import MAELearner, VideoMAE
+from tats_env.grid import TokenGrid
+from tats_env.mae import SIZES, MAELearner, MAESize, VideoMAE
+from tats_env.mae.checkpoint import read_checkpoint
 from tats_env.mae.model import gather_tokens
 from tats_env.precision import autocast
 from tats_env.task import top_tokens
 
+FORMAT = "tats-env classifier 1"
 HEAD_SCALE = 1e-3
 """Factor on the head's initial weights, so that training starts from level logits (VideoMAE's ``init_scale``)."""
 
@@ -39,7 +44,7 @@ class VideoClassifier(nn.Module):
         self.patch_embed, self.blocks = deepcopy(mae.patch_embed), deepcopy(mae.blocks)
         self.register_buffer("pos_embed", mae.pos_embed.clone(), persistent=False)
         width = self.pos_embed.shape[-1]
-        self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+        self.fc_norm = nn.LayerNorm(width, eps=1e-5)  # as transformers' classifier has it
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         self.head.weight.data.mul_(HEAD_SCALE)
@@ -65,6 +70,27 @@ class VideoClassifier(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.fc_norm(x.mean(1)))
+
+
+def load_classifier(path: str | Path) -> tuple[VideoClassifier, list[str]]:
+    """The classifier in a fine-tuning's finetune.safetensors, for use on the CPU, and its classes by label.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a file.
+    """
+    metadata, tensors = read_checkpoint(path, FORMAT)
+    weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    try:
+        settings = json.loads(metadata["settings"])
+        size, class_names = settings["mae"], settings["class_names"]
+        with torch.random.fork_rng(devices=[]):  # for initial weights, which are not kept
+            mae = VideoMAE(TokenGrid(**settings["grid"]), SIZES[size] if isinstance(size, str) else MAESize(**size))
+            model = VideoClassifier(mae, len(class_names))
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+    return model.eval(), class_names
 
 
 def tokens_kept(num_tokens: int, keep_ratio: float) -> int:

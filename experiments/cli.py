@@ -148,7 +148,9 @@ VERBS = {
         "write a run's report.html anew, or one that compares several", "tats report runs/quickstart", _report
     ),
     "export": Verb(
-        "hand weights to other tools: hf, onnx or policy", "tats export runs/quickstart --format policy", _export
+        "write what a run trained for other tools: transformers, onnxruntime, agents.load",
+        "tats export runs/quickstart --format policy",
+        _export,
     ),
     "bench": Verb(
         "time a training step, its parts and what they are measured against", "tats bench bench_cpu --minutes 2", _bench

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from agents.base import Agent
 from experiments.checkpoints import whole
-from experiments.classifier import PolicySampler, VideoClassifier, choose_tokens, tokens_kept
+from experiments.classifier import FORMAT, PolicySampler, VideoClassifier, choose_tokens, tokens_kept
 from experiments.features import labelled
 from experiments.multi_view import class_scores, plot_tokens_kept
 from experiments.progress import RunProgress
@@ -49,7 +49,6 @@ from tats_env.mae.checkpoint import read_checkpoint
 from tats_env.mae.learner import IMAGENET_MEAN, IMAGENET_STD
 from tats_env.precision import autocast
 
-FORMAT = "tats-env classifier 1"
 CHECKPOINT = "finetune.safetensors"
 LOWEST_RATE = 1e-3
 """Where the learning rate starts and ends, as a share of its peak."""
@@ -192,7 +191,7 @@ class _Training:
             "data": videos.name,
             "num_videos": len(self.labelled),
             "class_names": videos.class_names,
-            "mae": str(mae.size),
+            "mae": mae.size if isinstance(mae.size, str) else asdict(mae.size),
             "grid": asdict(mae.grid),
             "clip_span": videos.clip_span,
         }

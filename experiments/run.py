@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -315,9 +316,11 @@ def run(config: RunConfig, resumed: Path | None = None) -> int:
         make_deterministic()
     device = join(config)
     console = Console(quiet=process_index() > 0)
-    with led_by_first(), Termination() as termination:
+    with led_by_first(), Termination() as termination, ExitStack() as stack:
         this = first_then_others(lambda folder: Run(config, console, device, folder, resumed), lambda made: made.folder)
         this.termination = termination
+        if this.leads:
+            stack.callback(this.lock.release)
         console.print(f"Run folder: {this.folder}", soft_wrap=True)
         progress = RunProgress(console, config.steps * config.rounds * len(this.makers))
         try:
@@ -333,16 +336,19 @@ def run(config: RunConfig, resumed: Path | None = None) -> int:
         except KeyboardInterrupt:
             progress.close()
             this.write_summary(interrupted=True)
+            this.lock.release()  # or the report would have it that somebody is at work
             told = "; report.html shows them" if this.report() else ""
             console.print(f"Interrupted; checkpoints and metrics so far are in {this.folder}{told}", soft_wrap=True)
             return 130
         finally:
             progress.close()
-    this.write_summary()
-    this.report()
-    console.print(this.table())
-    written = sorted(
-        path.name for path in this.folder.iterdir() if path.is_file() and path.suffix and "tfevents" not in path.name
-    )
-    console.print(f"Written to {this.folder}: {', '.join(written)}", soft_wrap=True)
-    return 0
+        this.write_summary()
+        this.report()
+        console.print(this.table())
+        written = sorted(
+            path.name
+            for path in this.folder.iterdir()
+            if path.is_file() and path.suffix and "tfevents" not in path.name
+        )
+        console.print(f"Written to {this.folder}: {', '.join(written)}", soft_wrap=True)
+        return 0
