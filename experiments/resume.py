@@ -11,7 +11,8 @@ from experiments.refusals import ConfigError, items
 from experiments.schema import RunConfig
 
 FREE = (
-    "device", "tracker", "out", "log_interval", "checkpoint_minutes", "compile", "micro_batch_size", "mae.checkpointing",
+    "device", "tracker", "out", "log_interval", "checkpoint_minutes", "compile", "micro_batch_size",
+    "mae.checkpointing",
     "loader.decoder", "loader.workers", "loader.cache", "loader.cache_gb", "evaluate.num_videos", "evaluate.clips",
     "evaluate.tasks", "evaluate.data", "evaluate.pictures",
 )  # fmt: skip

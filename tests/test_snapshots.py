@@ -16,7 +16,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from agents.adamae import AdaMAE
 from agents.ppo import PPO
 from experiments import snapshots, trackers
 from experiments.build import load_mae, masking_env
@@ -25,8 +24,6 @@ from experiments.evaluation import EVALUATION_SEED, evaluate_sampler
 from experiments.progress import RunProgress
 from experiments.refusals import ConfigError
 from experiments.run import Run
-from tats_env.mae import MAELearner
-from tats_env.vector_env import TATSMaskingVectorEnv
 
 SMALL: dict[str, Any] = {
     "name": "small", "device": "cpu", "num_videos": 15, "batch_size": 4, "steps": 12, "log_interval": 4,

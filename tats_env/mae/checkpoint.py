@@ -1,4 +1,4 @@
-"""MAE checkpoints: safetensors of ours, or a Hugging Face folder, so that loading one never runs code."""
+"""MAE checkpoints: safetensors of ours, a Hugging Face folder or a released file; loading one never runs code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from tats_env.grid import TokenGrid
 from tats_env.mae.huggingface import PREFIX, read_huggingface
 from tats_env.mae.learner import MAELearner
 from tats_env.mae.model import SIZES, MAESize
+from tats_env.mae.released import is_released, read_released
+from tats_env.mae.translation import ForeignMAE, few
 
 FORMAT = "tats-env mae 1"
 _log = logging.getLogger("tats_env.mae")
@@ -29,15 +31,21 @@ def save_learner(learner: MAELearner, path: str | Path) -> None:
     save_file({name: x.contiguous() for name, x in learner.model.state_dict().items()}, str(path), metadata)
 
 
-def load_learner(path: str | Path, *, device: str | torch.device = "auto", **options: Any) -> MAELearner:
-    """Bring back a learner from ``save_learner``'s file, or make one of a Hugging Face VideoMAE; the optimiser is new.
+def load_learner(
+    path: str | Path, *, device: str | torch.device = "auto", grid: TokenGrid | None = None, **options: Any
+) -> MAELearner:
+    """Bring back a learner from ``save_learner``'s file, or make one of another program's; the optimiser is new.
 
-    A folder without a decoder (VideoMAEModel, VideoMAEForVideoClassification) gives the encoder; the decoder then
-    starts from its initial weights, and a warning is logged.
+    A folder or file without a decoder (VideoMAEModel, VideoMAEForVideoClassification, a fine-tuned release) gives the
+    encoder; the decoder then starts from its initial weights, and a warning is logged. So is one that names what was
+    left behind.
 
     Args:
-        path: the safetensors file; or ``hf:`` and a local folder as ``save_pretrained`` writes it, or just the folder.
+        path: the safetensors file; or ``hf:`` and a local folder as ``save_pretrained`` writes it, or just the folder;
+            or ``pth:`` and a file of VideoMAE's or AdaMAE's original release, or just the file if it ends in .pth or
+            .pt.
         device: where to put it.
+        grid: token geometry of the clips, which a released file does not hold. The others have their own.
         **options: of ``MAELearner``.
 
     Raises:
@@ -45,20 +53,27 @@ def load_learner(path: str | Path, *, device: str | torch.device = "auto", **opt
         ValueError: if it is not such a checkpoint.
     """
     if str(path).startswith(PREFIX) or Path(path).is_dir():
-        found = read_huggingface(str(path).removeprefix(PREFIX))
-        learner = MAELearner(found.grid, found.size, device=device, **options)
-        learner.model.load_state_dict(learner.model.state_dict() | found.weights)
-        if not found.has_decoder:
-            _log.warning("%s holds an encoder alone: the decoder starts from its initial weights", path)
-        return learner
+        return _learner(path, read_huggingface(str(path).removeprefix(PREFIX)), device, options)
+    if is_released(path):
+        return _learner(path, read_released(path, grid), device, options)
     metadata, weights = read_checkpoint(path, FORMAT)
     try:
-        grid, named = TokenGrid(**json.loads(metadata["grid"])), metadata["size"]
+        made_for, named = TokenGrid(**json.loads(metadata["grid"])), metadata["size"]
         size = named if named in SIZES else MAESize(**json.loads(named))
-        learner = MAELearner(grid, size, device=device, **options)
+        learner = MAELearner(made_for, size, device=device, **options)
         learner.model.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+    return learner
+
+
+def _learner(path: str | Path, found: ForeignMAE, device: str | torch.device, options: dict[str, Any]) -> MAELearner:
+    learner = MAELearner(found.grid, found.size, device=device, **options)
+    learner.model.load_state_dict(learner.model.state_dict() | found.weights)
+    if not found.has_decoder:
+        _log.warning("%s holds an encoder alone: the decoder starts from its initial weights", path)
+    if found.left_behind:
+        _log.warning("%s: left behind, for it is no part of an MAE: %s", path, few(found.left_behind))
     return learner
 
 

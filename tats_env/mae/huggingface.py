@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tats_env.grid import TokenGrid
 from tats_env.mae.model import MAESize
+from tats_env.mae.translation import HUGGING_FACE, ForeignMAE, to_ours
 
 PREFIX = "hf:"
 
@@ -32,8 +32,8 @@ DEFAULTS = {
 }  # fmt: skip
 _INTEGERS = [name for name, value in DEFAULTS.items() if type(value) is int]
 # The decoder's last LayerNorm is made without the configuration's epsilon, hence with torch's default.
-_DECODER_NORM_EPS = 1e-5
-_DAMAGE = (
+DECODER_NORM_EPS = 1e-5
+DAMAGE = (
     SafetensorError,
     pickle.UnpicklingError,
     RuntimeError,
@@ -45,17 +45,7 @@ _DAMAGE = (
 )
 
 
-class HuggingFaceMAE(NamedTuple):
-    """What a folder holds, in our terms."""
-
-    grid: TokenGrid
-    size: MAESize
-    weights: dict[str, Tensor]
-    """Named as in ``VideoMAE``; the encoder's alone where the folder has no decoder."""
-    has_decoder: bool
-
-
-def read_huggingface(folder: str | Path) -> HuggingFaceMAE:
+def read_huggingface(folder: str | Path) -> ForeignMAE:
     """Read what ``save_pretrained`` wrote: VideoMAEForPreTraining, VideoMAEModel or VideoMAEForVideoClassification.
 
     Weights are model.safetensors, whole or in shards, or else pytorch_model.bin, of which nothing but tensors is
@@ -82,14 +72,19 @@ def read_huggingface(folder: str | Path) -> HuggingFaceMAE:
         grid, size = _grid(config), _size(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    translation = _Translation(tensors, bias=bool(config.get("qkv_bias", config["qv_bias"])))
-    translation.encoder(grid, size, "videomae." if any(name.startswith("videomae.") for name in tensors) else "")
-    if has_decoder:
-        translation.decoder(grid, size)
-    wrong = translation.complaints()
-    if wrong:
-        raise ValueError(f"the weights in {folder} are not those that its config.json describes: {wrong}")
-    return HuggingFaceMAE(grid, size, translation.ours, has_decoder)
+    found = to_ours(
+        tensors,
+        HUGGING_FACE,
+        grid,
+        size,
+        prefix="videomae." if any(name.startswith("videomae.") for name in tensors) else "",
+        decoder=has_decoder,
+        biased=bool(config.get("qkv_bias", config["qv_bias"])),
+        ignored=("classifier.", "fc_norm."),
+    )
+    if found.complaints:
+        raise ValueError(f"the weights in {folder} are not those that its config.json describes: {found.complaints}")
+    return ForeignMAE(grid, size, found.weights, has_decoder, found.left_behind)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -147,7 +142,7 @@ def _size(config: dict[str, Any]) -> MAESize:
         decoder_num_heads=config["decoder_num_attention_heads"],
         decoder_mlp_dim=config["decoder_intermediate_size"],
         norm_eps=float(config["layer_norm_eps"]),
-        decoder_norm_eps=_DECODER_NORM_EPS,
+        decoder_norm_eps=DECODER_NORM_EPS,
         final_norm=not config["use_mean_pooling"],
     )
 
@@ -165,82 +160,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors = {name: x for file in files for name, x in load_file(file).items()}
         # transformers 4 and newer versions of 5 write q_bias and v_bias, others of 5 query.bias and value.bias.
         return {
-            name.replace(".q_bias", ".query.bias").replace(".v_bias", ".value.bias"): x for name, x in tensors.items()
+            name.replace(".query.bias", ".q_bias").replace(".value.bias", ".v_bias"): x for name, x in tensors.items()
         }
     except FileNotFoundError as error:
         asked = "model.safetensors (or its shards beside model.safetensors.index.json) or pytorch_model.bin"
         raise ValueError(f"{folder} lacks weights: it must hold {asked}: {error}") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"the weights in {folder} are damaged, or more than tensors: {error}") from error
-
-
-class _Translation:
-    """Their tensors, taken one by one into ours; what is wrong with them is told all at once."""
-
-    def __init__(self, theirs: dict[str, Tensor], *, bias: bool) -> None:
-        self.theirs, self.bias = dict(theirs), bias
-        self.ours: dict[str, Tensor] = {}
-        self.missing: list[str] = []
-        self.misshapen: list[str] = []
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        x = self.theirs.pop(name, None)
-        if isinstance(x, Tensor) and x.shape == shape:
-            return x
-        if isinstance(x, Tensor):
-            self.misshapen.append(f"{name}, {tuple(x.shape)} rather than {shape}")
-        else:
-            self.missing.append(name)
-        return torch.empty(0, *shape[1:])  # goes no further than complaints(), whatever size was asked for
-
-    def affine(self, ours: str, theirs: str, *shape: int) -> None:
-        self.ours[f"{ours}.weight"] = self.take(f"{theirs}.weight", *shape)
-        self.ours[f"{ours}.bias"] = self.take(f"{theirs}.bias", shape[0])
-
-    def block(self, ours: str, theirs: str, dim: int, mlp_dim: int) -> None:
-        attention = f"{theirs}.attention.attention"
-        weights, biases = [], []
-        # Some versions of transformers gave keys a bias as well.
-        for part, biased in (
-            ("query", self.bias),
-            ("key", f"{attention}.key.bias" in self.theirs),
-            ("value", self.bias),
-        ):
-            weights.append(self.take(f"{attention}.{part}.weight", dim, dim))
-            biases.append(self.take(f"{attention}.{part}.bias", dim) if biased else torch.zeros(dim))
-        self.ours[f"{ours}.attn.qkv.weight"], self.ours[f"{ours}.attn.qkv.bias"] = torch.cat(weights), torch.cat(biases)
-        self.affine(f"{ours}.norm1", f"{theirs}.layernorm_before", dim)
-        self.affine(f"{ours}.attn.proj", f"{theirs}.attention.output.dense", dim, dim)
-        self.affine(f"{ours}.norm2", f"{theirs}.layernorm_after", dim)
-        self.affine(f"{ours}.mlp.fc1", f"{theirs}.intermediate.dense", mlp_dim, dim)
-        self.affine(f"{ours}.mlp.fc2", f"{theirs}.output.dense", dim, mlp_dim)
-
-    def encoder(self, grid: TokenGrid, size: MAESize, prefix: str) -> None:
-        convolution, dim = f"{prefix}embeddings.patch_embeddings.projection", size.embed_dim
-        self.affine("patch_embed", convolution, dim, 3, grid.tubelet_size, grid.patch_size, grid.patch_size)
-        # A convolution that does not overlap is a linear map of patches.
-        self.ours["patch_embed.weight"] = rearrange(self.ours["patch_embed.weight"], "d c u p q -> d (u p q c)")
-        for i in range(size.depth):
-            self.block(f"blocks.{i}", f"{prefix}encoder.layer.{i}", dim, size.mlp_dim or 4 * dim)
-        if size.final_norm:
-            self.affine("norm", f"{prefix}layernorm", dim)
-
-    def decoder(self, grid: TokenGrid, size: MAESize) -> None:
-        dim = size.decoder_embed_dim
-        self.ours["decoder_embed.weight"] = self.take("encoder_to_decoder.weight", dim, size.embed_dim)
-        self.ours["mask_token"] = self.take("mask_token", 1, 1, dim)
-        for i in range(size.decoder_depth):
-            theirs = f"decoder.decoder_layers.{i}"
-            self.block(f"decoder_blocks.{i}", theirs, dim, size.decoder_mlp_dim or 4 * dim)
-        self.affine("decoder_norm", "decoder.norm", dim)
-        self.affine("decoder_head", "decoder.head", grid.patch_dim, dim)
-
-    def complaints(self) -> str:
-        """What is missing, misshapen or left over, in a few words; empty if nothing is."""
-        surplus = [name for name in self.theirs if not name.startswith(("classifier.", "fc_norm."))]
-        found = {"missing": self.missing, "of another shape": self.misshapen, "not asked for": surplus}
-        return "; ".join(f"{what}: {_few(names)}" for what, names in found.items() if names)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
