@@ -84,7 +84,7 @@ def load_mae(path: str | Path, config: RunConfig, what: str, **options: Any) -> 
         ConfigError: if it cannot be loaded, or was made for other clips.
     """
     try:
-        learner = load_learner(path, **options)
+        learner = load_learner(path, grid=token_grid(config), **options)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"{what}: {error}") from error
     if learner.grid != token_grid(config):

@@ -72,7 +72,7 @@ class MAEConfig(Section):
     size: Literal["tiny", "small", "base", "large"] = "tiny"
     """Network size: tiny is for CPUs, base is VideoMAE's ViT-B."""
     init: str | None = None
-    """Start from a run's mae.safetensors or hf:/folder of a Hugging Face VideoMAE, sizes too; None is from scratch."""
+    """Start from a run's mae.safetensors, hf:/folder or pth:/file.pth of VideoMAE, sizes too; None is from scratch."""
     frozen: bool = False
     """Leave the MAE as it is, which makes the environment a stationary one."""
     learning_rate: PositiveFloat | None = None

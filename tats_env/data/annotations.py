@@ -80,7 +80,7 @@ def _ssv2_labels(path: Path) -> dict[str, int]:
     found = _json(path)
     try:
         numbers = {str(name): int(number) for name, number in found.items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise DataError(f'{path}: expected {{"Approaching something with your camera": "0", ...}}') from None
     if sorted(numbers.values()) != list(range(len(numbers))):
         raise DataError(f"{path}: the {len(numbers)} classes are not numbered from 0 to {len(numbers) - 1}")
@@ -168,7 +168,7 @@ def list_ucf101(root: Path, split: str, fold: int | str = 1) -> Listing:
     number = {name.casefold(): i for i, name in enumerate(class_names)}
     entries = []
     for line, text in _lines(split_file):
-        match = re.fullmatch(r"([^/]+)/(\S+)\.avi(?:\s+(\d+))?", text)
+        match = re.fullmatch(r"([^/]+)/(\S+)\.avi(?:\s+([0-9]{1,9}))?", text)
         label = number.get(match[1].casefold()) if match else None
         if not match or label is None or int(match[3] or label + 1) != label + 1:
             right = "Class/v_Class_g01_c01.avi, followed by the class's number for training"
@@ -251,7 +251,7 @@ def list_file(path: Path, split: str) -> Listing:
     for parent in {os.path.dirname(name) for name, _ in listed}:
         try:
             names[parent] = frozenset(os.listdir(parent))
-        except OSError:
+        except (OSError, ValueError):  # the latter of a NUL in it
             names[parent] = frozenset()
     there = [os.path.basename(name) in names[os.path.dirname(name)] for name, _ in listed]
     found = [pair for pair, is_there in zip(listed, there, strict=True) if is_there]
@@ -302,9 +302,9 @@ def _is_video(name: str) -> bool:
 def _list_classes(rows: list[tuple[Path, _Row]]) -> tuple[list[str], dict[str, int]]:
     """Class names, and the number of each label as it is written."""
     labels = {row.label for _, row in rows}
-    numeric = {label for label in labels if re.fullmatch(r"-?\d+", label)}
+    numeric = {label for label in labels if re.fullmatch(r"-?[0-9]+", label)}
     if numeric and rows[0][1].label in numeric:
-        number = {label: int(label) for label in numeric}
+        number = {label: int(label) for label in numeric if len(label) < 10}  # of thousands of digits int() makes none
         for file, row in rows:
             if not -1 <= number.get(row.label, -2) < MOST_CLASSES:
                 raise DataError(
@@ -354,6 +354,8 @@ def _json(path: Path) -> Any:
         return json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, or brackets in brackets
+        raise DataError(f"{path}: is not JSON: {error}") from None
 
 
 def _folder_key(name: str) -> str:

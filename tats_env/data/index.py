@@ -28,6 +28,7 @@ SAVE_EVERY = 60.0  # seconds; what a start that is killed can lose
 LOCK_TIMEOUT = 60.0  # seconds
 
 _VERSION = 1
+_MOST = 1 << 31  # frames, or pixels: more is damage
 _STATS_AT_ONCE = 16  # more than cores, since a network drive is waited for
 _log = logging.getLogger("tats_env.data")
 _Stamp = tuple[int, int]  # size in bytes, time of change in ns
@@ -135,7 +136,7 @@ def _recall(entry: Any, stamp: _Stamp | str, path: Path) -> VideoInfo | Unreadab
         case [size, changed, int(num_frames), int(height), int(width), int(fps) | float(fps)] if (
             size,
             changed,
-        ) == stamp and min(num_frames, height, width) > 0:
+        ) == stamp and min(num_frames, height, width) > 0 and max(num_frames, height, width) < _MOST:
             return VideoInfo(num_frames, height, width, fps)
     return None
 
@@ -150,7 +151,7 @@ def _load(file: Path) -> dict[str, Any]:
         pass
     except OSError as error:
         _log.warning("the index of videos %s cannot be read (%s); the videos are opened", file, error.strerror)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         _log.warning("the index of videos %s is damaged; it is built anew", file)
     return {}
 

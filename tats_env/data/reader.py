@@ -176,7 +176,10 @@ class NpyReader(VideoReader):
     def _header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, columns_first, dtype = read(stream)
+        try:
+            shape, columns_first, dtype = read(stream)
+        except Exception as error:  # of many kinds, for numpy reads it as Python
+            raise ValueError(f"not a header of npy format: {error}") from error
         if columns_first:
             raise ValueError("frames are stored in C order; these are in Fortran's")
         return shape, dtype

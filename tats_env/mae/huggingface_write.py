@@ -39,7 +39,7 @@ def write_huggingface(learner: MAELearner, folder: str | Path) -> None:
     if size.decoder_norm_eps != DECODER_NORM_EPS:
         factor = abs(size.decoder_norm_eps - DECODER_NORM_EPS) / 2
         _log.warning(
-            "the decoder's last LayerNorm has an epsilon of %g, and transformers' always %g: what it returns for a token "
+            "the decoder's last LayerNorm has an epsilon of %g, and transformers' always %g: what it gives for a token "
             "differs by about %.2g / v of itself, v being the variance of its channels; that matters where v is small",
             size.decoder_norm_eps, DECODER_NORM_EPS, factor,
         )  # fmt: skip
