@@ -134,9 +134,14 @@ def _recall(entry: Any, stamp: _Stamp | str, path: Path) -> VideoInfo | Unreadab
         case [size, changed, str(reason)] if (size, changed) == stamp:
             return UnreadableVideo(path, reason)
         case [size, changed, int(num_frames), int(height), int(width), int(fps) | float(fps)] if (
-            size,
-            changed,
-        ) == stamp and min(num_frames, height, width) > 0 and max(num_frames, height, width) < _MOST:
+            (
+                size,
+                changed,
+            )
+            == stamp
+            and min(num_frames, height, width) > 0
+            and max(num_frames, height, width) < _MOST
+        ):
             return VideoInfo(num_frames, height, width, fps)
     return None
 

@@ -93,9 +93,7 @@ def _tensors(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
             wrapped = all(name.startswith("module.") for name in tensors)
             return {name.removeprefix("module.") if wrapped else name: x for name, x in tensors.items()}
     held = f"has {few([str(key) for key in content])}" if content else "holds no dictionary"
-    raise ValueError(
-        f"{path} {held}; the weights must be under 'model' or 'module', as the releases have them"
-    )
+    raise ValueError(f"{path} {held}; the weights must be under 'model' or 'module', as the releases have them")
 
 
 def _check(args: Any, grid: TokenGrid) -> None:
