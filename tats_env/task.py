@@ -20,6 +20,7 @@ from tats_env.keyed import keyed_bits, keyed_order
 from tats_env.mae import SIZES, MAELearner, load_learner
 from tats_env.mae.huggingface import PREFIX as HUGGINGFACE
 from tats_env.mae.learner import resolve_device
+from tats_env.mae.released import PREFIX as RELEASED
 from tats_env.rewards import Decision, Reward, resolve_reward
 
 OBSERVATIONS = ("tokens", "pixels", "foreground")
@@ -142,12 +143,13 @@ class MaskingTask:
                 raise ValueError(f"device={str(device)!r}, but the given mae lives on {learner.device}")
         elif str(mae) in SIZES:
             learner = MAELearner(self.grid, str(mae), batch_size=self.num_envs, device=device, seed=seed)
-        elif str(mae).startswith(HUGGINGFACE) or Path(mae).exists():
-            learner = load_learner(mae, device=device, batch_size=self.num_envs, seed=seed)
+        elif str(mae).startswith((HUGGINGFACE, RELEASED)) or Path(mae).exists():
+            learner = load_learner(mae, device=device, batch_size=self.num_envs, seed=seed, grid=self.grid)
         else:
             raise ValueError(
                 f"mae={str(mae)!r} is neither a size ({', '.join(SIZES)}) nor a checkpoint: give a file of "
-                f"save_learner, or {HUGGINGFACE}/folder for a Hugging Face VideoMAE"
+                f"save_learner, {HUGGINGFACE}/folder for a Hugging Face VideoMAE, or {RELEASED}/file.pth as VideoMAE "
+                "and AdaMAE were released"
             )
         if learner.grid != self.grid:
             made = learner.grid

@@ -16,19 +16,20 @@ import torch
 from imageio_ffmpeg import get_ffmpeg_exe
 from pydantic import ValidationError
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from torch import Tensor
 
 from agents.heuristics import MotionMask
-from experiments.classifier import PolicySampler, VideoClassifier, choose_tokens
+from experiments.classifier import PolicySampler, VideoClassifier, choose_tokens, load_classifier
 from experiments.finetune import CHECKPOINT, finetune, mix
 from experiments.multi_view import class_scores
 from experiments.schema import FinetuneConfig
 from tats_env.data import VideoSet, open_dataset
 from tats_env.grid import TokenGrid
 from tats_env.keyed import keyed_order
-from tats_env.mae import MAELearner
+from tats_env.mae import MAELearner, MAESize
 
 COLOURS = {"blue": (40, 70, 230), "green": (30, 200, 60), "red": (230, 40, 50), "white": (245, 245, 245)}
 GRID = TokenGrid(num_frames=4, height=32, width=32, tubelet_size=2, patch_size=8)
@@ -183,6 +184,51 @@ def test_a_finished_folder_is_only_tested_again_and_another_fine_tunings_is_refu
     assert len(again["tokens_kept"]["random"]) == 2
     with pytest.raises(ValueError, match=r"of another fine-tuning: learning_rate \(0.001 there, 0.5 here\)"):
         run(mae, train_set, test_set, tmp_path, {**SHORT, "learning_rate": 0.5})
+
+
+@pytest.mark.parametrize("size", ["tiny", MAESize(24, 2, 3, 12, 1, 2, mlp_dim=50, norm_eps=1e-3)])
+def test_what_was_written_comes_back_as_the_classifier_that_was_tested(
+    train_set: VideoSet, test_set: VideoSet, tmp_path: Path, size: str | MAESize
+) -> None:
+    mae = MAELearner(GRID, size, device="cpu")
+    settings = {**SHORT, "epochs": 2, "learning_rate": 0.05}
+    result = run(mae, train_set, test_set, tmp_path, settings)
+    state = torch.get_rng_state()
+    model, class_names = load_classifier(tmp_path / CHECKPOINT)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert class_names == sorted(COLOURS) and not model.training
+    index = np.arange(len(test_set))
+    config = FinetuneConfig(**settings)
+    found = class_scores(model, mae, test_set, index, config, None, 0, Console(file=StringIO()))
+    (scores,) = found.values()
+    assert scores.std() > 0
+    assert (scores.argmax(1).numpy() == test_set.labels).mean() == pytest.approx(result["top1"])
+    confusion = json.loads((tmp_path / "confusion.json").read_text())
+    assert np.array(confusion["confusion"]).sum(0).tolist() == torch.bincount(scores.argmax(1), minlength=4).tolist()
+    run(mae, train_set, test_set, tmp_path, settings)  # the settings that were written are those that are asked for
+
+
+def test_a_file_that_holds_no_classifier_is_refused(
+    mae: MAELearner, train_set: VideoSet, test_set: VideoSet, tmp_path: Path
+) -> None:
+    run(mae, train_set, test_set, tmp_path, {**SHORT, "epochs": 1, "warmup_epochs": 0})
+    path, odd = tmp_path / CHECKPOINT, tmp_path / "odd.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, settings = file.metadata(), json.loads(file.metadata()["settings"])
+    tensors = load_file(path)
+    few = {name: x for name, x in tensors.items() if name != "model.fc_norm.bias"}
+    for weights, changes in (
+        (few, {}),
+        (tensors, {"format": "tats-env mae 1"}),
+        (tensors, {"settings": "{"}),
+        (tensors, {"settings": json.dumps({**settings, "mae": "MAESize(embed_dim=24)"})}),
+        (tensors, {"settings": json.dumps({**settings, "class_names": ["a"]})}),
+    ):
+        save_file(weights, odd, {**metadata, **changes})
+        with pytest.raises(ValueError, match=r"odd\.safetensors is (damaged|not a checkpoint of format)"):
+            load_classifier(odd)
+    with pytest.raises(FileNotFoundError):
+        load_classifier(tmp_path / "none.safetensors")
 
 
 def test_an_epoch_visits_each_video_once_in_augmented_versions_of_one_clip(

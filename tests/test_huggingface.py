@@ -309,15 +309,13 @@ def test_theirs_goes_back_bit_for_bit_under_the_same_names(tmp_path: Path, chang
 def test_their_processor_makes_of_frames_what_ours_are_normalised_to(tmp_path: Path, grid: TokenGrid) -> None:
     write_huggingface(trained(grid=grid), tmp_path)
     processor, clips = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path), random_clips(grid)
-    large = torch.nn.functional.pad(clips, (0, 0, 8, 8, 24 - grid.height, 0))  # as high as the crop is wide
-    for frames, left in ((large, 8), (clips, 0)) if grid is GRID else ((large, 8),):
-        videos = [list(clip.numpy()) for clip in frames[:, :, -24:]]
-        found = processor(videos, return_tensors="pt", do_resize=False).pixel_values
-        top = (frames.shape[2] - grid.height) // 2
-        crop = frames[:, :, top : top + grid.height, left : left + grid.width]
-        torch.testing.assert_close(found, pixel_values(crop), rtol=0, atol=1e-5)
-    found = processor(videos, return_tensors="pt").pixel_values
-    assert found.shape == pixel_values(clips).shape
+    larger = nn.functional.pad(clips, (0, 0, 4, 4, 4, 4))
+    found = processor([list(clip.numpy()) for clip in larger], return_tensors="pt", do_resize=False).pixel_values
+    torch.testing.assert_close(found, pixel_values(clips), rtol=0, atol=1e-5)
+    square = torch.full((1, 4, 50, 50, 3), 255, dtype=torch.uint8)
+    found = processor([list(clip.numpy()) for clip in square], return_tensors="pt").pixel_values
+    white = pixel_values(torch.full_like(clips[:1], 255))  # to the edges: the crop lies within the resized frame
+    torch.testing.assert_close(found, white, rtol=0, atol=1e-5)
 
 
 def test_positions_that_transformers_does_not_have_are_refused(tmp_path: Path) -> None:
@@ -330,7 +328,7 @@ def test_positions_that_transformers_does_not_have_are_refused(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_sizes_with_a_name_that_can_be_written_have_their_epsilons(caplog: pytest.LogCaptureFixture) -> None:
+def test_sizes_with_a_name_that_can_be_written_have_transformers_epsilon() -> None:
     eps = make().decoder.norm.eps
     assert [x.decoder_norm_eps for x in SIZES.values() if not x.separable_positions] == [eps] * 3
 

@@ -100,13 +100,10 @@ def _check(args: Any, grid: TokenGrid) -> None:
     """Raise ValueError if the command line, where the file holds it, tells of what ours would do otherwise."""
     given = vars(args) if isinstance(args, argparse.Namespace) else {}
     # Positions are by flat index: on clips of another size a token would get the position of one elsewhere
-    frames = given.get("num_frames", grid.num_frames)
-    side = given.get("input_size", grid.height)
-    if (frames, side, side) != (grid.num_frames, grid.height, grid.width):
-        raise ValueError(
-            f"trained on clips of {frames} frames of {side} x {side} pixels, but these have {grid.num_frames} of "
-            f"{grid.height} x {grid.width}: give num_frames={frames}, size={side}"
-        )
+    for theirs, ours in (("num_frames", ("num_frames",)), ("input_size", ("height", "width"))):
+        for name in ours:
+            if (found := given.get(theirs, getattr(grid, name))) != getattr(grid, name):
+                raise ValueError(f"trained on clips of {theirs}={found}, but these have {name}={getattr(grid, name)}")
     if not given.get("normlize_target", True):  # their spelling
         raise ValueError("trained with normlize_target=False: this decoder predicts plain pixels, ours normalised ones")
     if not given.get("imagenet_default_mean_and_std", True):
