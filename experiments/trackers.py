@@ -47,6 +47,7 @@ class Tracker(KVWriter):
             PROJECT,
             name="/".join([run.name, *folder.relative_to(run).parts]),
             group=run.name,
+            config=to_values(config),
             dir=str(folder),
             id=before[-1].name.rpartition("-")[2] if before else None,
             resume="allow",
@@ -56,7 +57,6 @@ class Tracker(KVWriter):
             self.tracker.start()
         except wandb.errors.Error as error:
             raise ConfigError(f"tracker: Weights & Biases could not begin: {error}") from error
-        self.tracker.store_init_configuration(to_values(config))
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Send numbers and pictures."""

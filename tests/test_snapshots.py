@@ -184,6 +184,7 @@ def test_weights_and_biases_gets_curves_and_pictures_and_goes_on_with_a_run(
     assert pictured == [4 * n for n in (0, 1, 3, 4, 5, 7, 8, 9, 11, 12)]
     assert len(list(run.folder.glob("wandb/offline-run-*/files/media/images/masks/1_*.png"))) == 10
     again = trackers.Tracker(run.config, run.folder, run.folder)
+    assert again.tracker.tracker.config["agent"]["width"] == 16
     again.close()
     names = {path.name.rpartition("-")[2] for path in run.folder.glob("wandb/offline-run-*")}
     assert len(names) == 1 and again.tracker.tracker.id in names
