@@ -297,7 +297,7 @@ def test_report_tells_whether_the_run_goes_on(
     lock = hold(run) if held else None
     page = Page(write_report([run]))
     assert state in page.text
-    assert page.headings == SECTIONS if summary is not None else SECTIONS[1:]
+    assert page.headings == (SECTIONS if summary is not None else SECTIONS[1:])
     if lock:
         lock.release()
 
