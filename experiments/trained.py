@@ -10,6 +10,7 @@ from rich.console import Console
 
 from experiments.build import agent_maker, load_mae, masking_env, new_learner
 from experiments.config import dump_config, load_config
+from experiments.deterministic import make_deterministic
 from experiments.downstream import downstream, downstream_table
 from experiments.folder import hold, new_folder
 from experiments.probes import PROBES
@@ -37,6 +38,8 @@ def evaluate_trained(verb: str, args: Sequence[str]) -> int:
     home = given if (given / "config.yaml").is_file() or not trained else given.parent
     stored = home / "config.yaml"
     config = load_config(str(stored) if stored.is_file() else args[0], args[1:], prog=f"tats {verb} {args[0]}")
+    if config.deterministic:
+        make_deterministic()
     if trained:
         if any(arg.partition("=")[0] == "--mae.init" for arg in args):
             raise ConfigError(f"--mae.init: {given} has an MAE of its own; give a configuration in its place")
