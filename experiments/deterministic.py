@@ -10,8 +10,8 @@ import torch
 def make_deterministic() -> None:
     """Have torch take deterministic algorithms wherever it has them; to be called before anything is on a GPU.
 
-    Where it has none, as for an operation of a policy of one's own, or some attention kernel's backward pass in an
-    older release, torch warns and names it: that a run might not repeat is no reason to refuse it.
+    Where it has none, as for an operation of a policy of one's own, torch warns and names it: that a run might not
+    repeat is no reason to refuse it.
     """
     # Read by cuBLAS when it starts: workspaces that streams don't share
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
