@@ -76,6 +76,10 @@ def _decord() -> ModuleType:
     return decord
 
 
+FAULTS = 1e-6
+"""Share of the frames that decord may replace by copies of others, where it cannot decode them, before it fails."""
+
+
 class DecordReader(VideoReader):
     """A video through decord, scaled to ``size`` (rows, columns) if given. It lets go of the interpreter meanwhile."""
 
@@ -86,6 +90,7 @@ class DecordReader(VideoReader):
         self._video = decord.VideoReader(
             BytesIO(source) if isinstance(source, bytes) else str(source),
             ctx=decord.cpu(0), num_threads=1, width=columns, height=rows,
+            fault_tol=FAULTS,
         )  # fmt: skip
 
     def info(self) -> VideoInfo:
@@ -246,6 +251,8 @@ def _decoding(path: Path) -> Iterator[None]:
             line = "cannot be opened as a video (another kind of file, or cut off before its index)"
         elif "cannot find video stream" in line or "best video stream is unknown" in line:
             line = "has no video stream"
+        elif "recovered from nearest frames" in line:
+            line = "has frames that cannot be decoded"
         raise UnreadableVideo(path, line, passes=isinstance(error, (OSError, MemoryError))) from error
 
 
