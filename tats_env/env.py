@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from tats_env.mae import MAELearner
 from tats_env.rendering import render_task
-from tats_env.task import EnvOptions, MaskingTask
+from tats_env.task import EnvOptions, MaskingTask, as_scores
 
 
 class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
@@ -135,7 +135,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Keep the K highest of the N scores visible, reconstruct the rest, and go on to the next decision."""
-        action = np.array(action, dtype=np.float32)  # a copy, for torch wants no reversed or read-only memory
+        action = as_scores(action)
         self.task.check_shape(action, (self.task.grid.num_tokens,))
         if np.isnan(action).any():
             raise InvalidAction(f"the action holds {int(np.isnan(action).sum())} NaN; every score must be a number")

@@ -61,6 +61,22 @@ def top_tokens(scores: Tensor, k: int, tie_order: Tensor) -> Tensor:
     return tie_order.gather(1, ranked).sort(dim=1).values
 
 
+def as_scores(actions: Any) -> np.ndarray:
+    """Actions as float32, copied, for torch wants no reversed or read-only memory.
+
+    Raises:
+        InvalidAction: if they are not an array of real numbers.
+    """
+    try:
+        scores = np.array(actions.numpy(force=True) if isinstance(actions, Tensor) else actions)
+    except (TypeError, ValueError) as error:
+        raise InvalidAction(f"the action is not an array of numbers: {error}") from error
+    if scores.dtype.kind not in "biuf":
+        raise InvalidAction(f"the action holds {scores.dtype}; every score must be a real number")
+    with np.errstate(over="ignore"):
+        return scores.astype(np.float32, copy=False)
+
+
 class MaskingTask:
     """B parallel masking tasks on one device; ``TATSMaskingEnv`` documents the keyword arguments.
 
@@ -269,7 +285,8 @@ class MaskingTask:
 
     def _pick(self, scores: Tensor) -> Tensor:
         """Indices [B, num_picks], ascending, of the highest scores [B, N] among the tokens not shown yet."""
-        open_scores = scores.nan_to_num(0.0).scatter(1, self.shown, -torch.inf)
+        least = torch.finfo(scores.dtype).min if self.shown.shape[1] else -torch.inf  # above those that are shown
+        open_scores = scores.nan_to_num(0.0, torch.inf, least).scatter(1, self.shown, -torch.inf)
         return top_tokens(open_scores, self.num_picks, self._order(_TIES, self.position))
 
     def _show(self, visible: Tensor) -> Tensor:

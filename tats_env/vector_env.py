@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from tats_env.mae import MAELearner
 from tats_env.rendering import render_task
-from tats_env.task import EnvOptions, MaskingTask
+from tats_env.task import EnvOptions, MaskingTask, as_scores
 
 Array = Any  # numpy.ndarray or torch.Tensor, as `output` says
 
@@ -129,7 +129,9 @@ class TATSMaskingVectorEnv(VectorEnv[Any, Any, Any]):
         if not self._seeded:
             raise ResetNeeded("call reset() before step()")
         if not isinstance(actions, Tensor):
-            actions = np.array(actions, dtype=np.float32)  # a copy, for torch wants no reversed or read-only memory
+            actions = as_scores(actions)
+        elif actions.is_complex():
+            raise InvalidAction(f"the actions hold {actions.dtype}; every score must be a real number")
         self.task.check_shape(actions, (self.num_envs, self.task.grid.num_tokens))
         scores = torch.as_tensor(actions, dtype=torch.float32, device=self.task.device)
         self._num_nan += scores.isnan().sum()
