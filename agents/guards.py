@@ -20,7 +20,7 @@ class Thresholds:
     approx_kl: float | None = 0.2
     """KL divergence of the policy in an update from the one that drew."""
     effective_tokens: float | None = 1.0
-    """exp(entropy of a draw) as a multiple of K: below, what is drawn is all but fixed."""
+    """exp(entropy of a draw) as a multiple of K, or of N - K if that is less: below, draws are all but fixed."""
     explained_variance: float | None = 0.02
     """Share of the return's variance that the value function explains: below, it is dead."""
     reward_scale: float | None = 3.0
@@ -59,6 +59,7 @@ class Guards:
         self.warnings: list[tuple[int, str, str]] = []
         self._lines: dict[str, int] = {}
         self._before: dict[str, float] = {}
+        self._write()  # or warnings of a run that was killed, and begins anew, would stay
 
     def look(self, agent: Any, values: Mapping[str, float], step: int) -> dict[str, float]:
         """What the guards add to a line.
@@ -99,7 +100,9 @@ class Guards:
             yield Sight("approx_kl", not kl <= limits.approx_kl, words)
         tokens = values.get("mask/effective_tokens")
         if limits.effective_tokens is not None and tokens is not None:
-            bound = limits.effective_tokens * agent.env.unwrapped.task.num_picks
+            task = agent.env.unwrapped.task
+            # Where most tokens are picked, it is the others that a policy chooses
+            bound = limits.effective_tokens * min(task.num_picks, task.grid.num_tokens - task.num_picks)
             remedy = (
                 "raise agent.ent_coef or agent.explore, or set agent.entropy_floor"
                 if hasattr(agent, "ent_coef")
@@ -145,6 +148,8 @@ class Guards:
     def _write(self) -> None:
         if self.path is not None and self.warnings:
             self.path.write_text("".join(f"{step}\t{guard}\t{words}\n" for step, guard, words in self.warnings))
+        elif self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def state(self) -> dict[str, Any]:
         """What was seen so far, which ``restore`` takes."""

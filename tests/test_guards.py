@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from agents.heuristics import RandomMask
 from agents.hooks import LogHook, MAEUpdateHook
 from agents.ppo import PPO
 from experiments.config import load_config
+from experiments.run import run
 from experiments.schema import GuardsConfig
 from tats_env.grid import TokenGrid
 from tats_env.mae import MAELearner
@@ -170,6 +172,21 @@ def test_guards_go_on_from_a_checkpoint_as_though_nothing_had_been(tmp_path: Pat
     seen += [after.look(object(), line, 4 + i) for i, line in enumerate(values[4:])]
     assert seen == expected and after.warnings == whole.warnings
     assert path.read_text() == (tmp_path / "whole.txt").read_text() != ""
+    Guards(path=path)
+    assert not path.exists(), "a run that begins anew has no warnings yet"
+
+
+def test_a_run_says_writes_and_logs_what_its_guards_see(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = ["--agent.class", "random", "--mae.learning-rate", "1e30", "--out", str(tmp_path), "--steps", "6"]
+    options += ["--log-interval", "2", "--batch-size", "8", "--num-videos", "15", "--evaluate.num-videos", "15"]
+    options += ["--evaluate.clips", "16", "--evaluate.tasks", "--evaluate.no-pictures"]
+    assert run(load_config("quickstart", options)) == 0
+    folder = tmp_path / "quickstart"
+    ((step, guard, words),) = (line.split("\t") for line in (folder / "warnings.txt").read_text().splitlines())
+    assert guard == "skipped" and "lower mae.learning_rate" in words and f"after {step} clips: {words}" in caplog.text
+    with (folder / "metrics.csv").open() as file:
+        seen = {int(row["time/total_timesteps"]): float(row["guard/skipped"]) for row in csv.DictReader(file)}
+    assert list(seen) == [16, 32, 48] and min(at for at in seen if seen[at]) == int(step)
 
 
 def test_the_configuration_has_every_threshold_at_its_default() -> None:
