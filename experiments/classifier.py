@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath
@@ -72,8 +72,21 @@ class VideoClassifier(nn.Module):
         return self.head(self.fc_norm(x.mean(1)))
 
 
-def load_classifier(path: str | Path) -> tuple[VideoClassifier, list[str]]:
-    """The classifier in a fine-tuning's finetune.safetensors, for use on the CPU, and its classes by label.
+class LoadedClassifier(NamedTuple):
+    """What a fine-tuning's finetune.safetensors holds."""
+
+    model: VideoClassifier
+    """For use, on the CPU."""
+    class_names: list[str]
+    """By label."""
+    grid: TokenGrid
+    """Of the clips."""
+    size: str | MAESize
+    """Of the MAE whose encoder it was."""
+
+
+def load_classifier(path: str | Path) -> LoadedClassifier:
+    """Bring back what fine-tuning wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -83,14 +96,16 @@ def load_classifier(path: str | Path) -> tuple[VideoClassifier, list[str]]:
     weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
     try:
         settings = json.loads(metadata["settings"])
-        size, class_names = settings["mae"], settings["class_names"]
+        size, class_names, grid = settings["mae"], settings["class_names"], TokenGrid(**settings["grid"])
+        if not isinstance(size, str):
+            size = MAESize(**size)
         with torch.random.fork_rng(devices=[]):  # for initial weights, which are not kept
-            mae = VideoMAE(TokenGrid(**settings["grid"]), SIZES[size] if isinstance(size, str) else MAESize(**size))
+            mae = VideoMAE(grid, SIZES[size] if isinstance(size, str) else size)
             model = VideoClassifier(mae, len(class_names))
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged, or of another version: {error}") from error
-    return model.eval(), class_names
+    return LoadedClassifier(model.eval(), class_names, grid, size)
 
 
 def tokens_kept(num_tokens: int, keep_ratio: float) -> int:

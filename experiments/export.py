@@ -22,7 +22,7 @@ from agents.loading import policy_file
 from agents.ppo import PPO
 from experiments.build import load_mae
 from experiments.checkpoints import sync
-from experiments.classifier import VideoClassifier, load_classifier
+from experiments.classifier import LoadedClassifier, load_classifier
 from experiments.config import load_config
 from experiments.downstream import FOLDER as DOWNSTREAM
 from experiments.export_onnx import check_installed, random_clips, random_tokens, write_encoder, write_sampler
@@ -39,7 +39,7 @@ from experiments.model_card import (
 from experiments.refusals import ConfigError, close, did_you_mean
 from experiments.trained import MAE_FILE
 from tats_env.grid import hidden_tokens, token_budget, visible_mask
-from tats_env.mae import write_huggingface, write_huggingface_classifier
+from tats_env.mae import MAELearner, write_huggingface, write_huggingface_classifier
 from tats_env.mae.model import gather_tokens
 
 SUMS = "SHA256SUMS"
@@ -65,24 +65,43 @@ class Source:
     """What is exported.
 
     Args:
-        folder: of a run, or of the baseline within one.
+        folder: of a run, of the baseline within one, or of a fine-tuning.
+        form: what it is exported as.
+
+    Attributes:
+        classifiers: what was fine-tuned, by a name.
+        pretrained: whether an MAE was trained there.
+        mae: that; of a fine-tuning alone one of its shape, whose weights say nothing.
 
     Raises:
-        ConfigError: if it is neither, or nothing was trained there yet.
+        ConfigError: if it is none, or nothing was trained there yet.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, form: str) -> None:
         self.folder = folder.resolve()
         if not folder.is_dir():
             raise ConfigError(f"{folder}: there is no such folder; give a run's, such as runs/quickstart")
         self.home = self.folder if (self.folder / "config.yaml").is_file() else self.folder.parent
         if not (self.home / "config.yaml").is_file():
             raise ConfigError(f"{folder}: is not the folder of a run: it holds no config.yaml")
-        if not (self.folder / MAE_FILE).is_file():
-            raise ConfigError(f"{folder}: holds no {MAE_FILE}: no training has come to its end there")
         self.config = load_config(str(self.home / "config.yaml"))
-        self.mae = load_mae(self.folder / MAE_FILE, self.config, str(folder), device="cpu").train(False)
+        self.classifiers = self._classifiers() if form == "hf" else {}
+        self.pretrained = (self.folder / MAE_FILE).is_file()
+        if self.pretrained:
+            self.mae = load_mae(self.folder / MAE_FILE, self.config, str(folder), device="cpu").train(False)
+        elif self.classifiers:
+            any_of_them = next(iter(self.classifiers.values()))
+            self.mae = MAELearner(any_of_them.grid, any_of_them.size, device="cpu")
+        else:
+            raise ConfigError(f"{folder}: holds no {MAE_FILE}: no training has come to its end there")
         self.num_visible = token_budget(self.mae.grid.num_tokens, self.config.mask_ratio)
+
+    def _classifiers(self) -> dict[str, LoadedClassifier]:
+        files = sorted((self.folder / DOWNSTREAM).glob(f"*/finetune/{CHECKPOINT}"))
+        try:
+            return {f"classifier-{path.parts[-3]}": load_classifier(path) for path in files}
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def agent(self) -> Any:
         """The sampler, on the CPU and without an environment.
@@ -109,8 +128,8 @@ def export(args: Sequence[str]) -> int:
         raise ConfigError(f"--format {options.format}: is unknown; there are {', '.join(FORMATS)}{near}")
     if options.format == "onnx":
         check_installed()
-    out = options.out or options.run / "export" / options.format
-    source = Source(options.run)
+    out = (options.out or options.run / "export" / options.format).resolve()
+    source = Source(options.run, options.format)
     _check_free(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +143,7 @@ def export(args: Sequence[str]) -> int:
         except SafetensorError as error:
             raise ConfigError(f"--out {out}: can't be written: {error}") from error
         shutil.copyfile(source.home / "config.yaml", folder / "config.yaml")
-        card = model_card(source.folder, source.home, source.config, source.mae, contents)
+        card = model_card(source.folder, source.home, source.config, source.mae, contents, source.pretrained)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _seal(folder)
         if out.exists():
@@ -174,49 +193,48 @@ def _seal(folder: Path) -> None:
 
 def _huggingface(source: Source, folder: Path) -> Contents:
     """The MAE and, in folders of their own, the classifiers that it was fine-tuned into."""
-    mae, code = source.mae, [huggingface_code(source.mae)]
-    classifiers: dict[str, VideoClassifier] = {}
+    code = [huggingface_code(source.mae)] if source.pretrained else []
     try:
-        write_huggingface(mae, folder)
-        for path in sorted((source.folder / DOWNSTREAM).glob(f"*/finetune/{CHECKPOINT}")):
-            name = f"classifier-{path.parts[-3]}"
-            classifiers[name], classes = load_classifier(path)
-            write_huggingface_classifier(classifiers[name].state_dict(), mae.grid, mae.size, classes, folder / name)
-            code.append(classifier_code(name, mae.grid))
+        if source.pretrained:
+            write_huggingface(source.mae, folder)
+        for name, (model, classes, grid, size) in source.classifiers.items():
+            write_huggingface_classifier(model.state_dict(), grid, size, classes, folder / name)
+            code.append(classifier_code(name, grid))
     except ValueError as error:
         raise ConfigError(f"{source.folder}: {error}") from error
     if find_spec("transformers") is None:
         checks = ["not compared with what transformers makes of it, which is not installed here"]
     else:
-        checks = [_told(what, *pair) for what, pair in _pairs(source, folder, classifiers).items()]
-    about = "A masked autoencoder in VideoMAE's shape, for transformers"
-    if classifiers:
-        about += f", and what it was fine-tuned into: {', '.join(classifiers)}"
+        checks = [_told(what, *pair) for what, pair in _pairs(source, folder).items()]
+    names = ", ".join(source.classifiers)
+    if not source.pretrained:
+        about = f"Classifiers in VideoMAE's shape, for transformers: {names}"
+    else:
+        about = "A masked autoencoder in VideoMAE's shape, for transformers"
+        about += f", and what it was fine-tuned into: {names}" * bool(names)
     return Contents("transformers", about, code, checks)
 
 
 @torch.no_grad()
-def _pairs(
-    source: Source, folder: Path, classifiers: dict[str, VideoClassifier]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(source: Source, folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What ours and transformers' networks make of the same random clips, by what it is."""
     from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
     mae, grid, n = source.mae, source.mae.grid, source.mae.grid.num_tokens
     patches = mae.normalize(grid.patchify(random_clips(grid, 2)))
     pixels = grid.unpatchify(patches).movedim(-1, 2)
-    everything, visible = random_tokens(grid, 2, n), random_tokens(grid, 2, source.num_visible)
-    theirs = VideoMAEForPreTraining.from_pretrained(folder).eval()
-    pairs = {
-        "the encoder": (mae.model.encode(patches, everything), theirs.videomae(pixels).last_hidden_state),
-        "the decoder": (
+    pairs = {}
+    if source.pretrained:
+        everything, visible = random_tokens(grid, 2, n), random_tokens(grid, 2, source.num_visible)
+        theirs = VideoMAEForPreTraining.from_pretrained(folder).eval()
+        pairs["the encoder"] = mae.model.encode(patches, everything), theirs.videomae(pixels).last_hidden_state
+        pairs["the decoder"] = (
             mae.model(gather_tokens(patches, visible), visible, hidden_tokens(visible, n)),
             theirs(pixels, bool_masked_pos=~visible_mask(visible, n)).logits,
-        ),
-    }
-    for name, classifier in classifiers.items():
+        )
+    for name, classifier in source.classifiers.items():
         theirs = VideoMAEForVideoClassification.from_pretrained(folder / name).eval()
-        pairs[name] = classifier.eval()(patches), theirs(pixels).logits
+        pairs[name] = classifier.model(patches), theirs(pixels).logits
     return pairs
 
 

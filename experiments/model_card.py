@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from experiments.config import load_config, to_values
+from experiments.downstream import FOLDER as DOWNSTREAM
+from experiments.downstream import top1_figures
 from experiments.metrics import METRICS, heading, in_digits, shown
 from experiments.refusals import items
 from experiments.run import SHORT, TRAINED
@@ -39,7 +41,9 @@ class Contents(NamedTuple):
     """What was compared, or why it was not."""
 
 
-def model_card(folder: Path, home: Path, config: RunConfig, mae: MAELearner, contents: Contents) -> str:
+def model_card(
+    folder: Path, home: Path, config: RunConfig, mae: MAELearner, contents: Contents, pretrained: bool
+) -> str:
     """The card as Markdown.
 
     Args:
@@ -48,6 +52,7 @@ def model_card(folder: Path, home: Path, config: RunConfig, mae: MAELearner, con
         config: the run's.
         mae: the trained one.
         contents: what was exported.
+        pretrained: whether the run trained the MAE, rather than fine-tuned one from elsewhere.
     """
     baseline = folder.resolve() != home.resolve()
     sampler = folder.resolve().name if baseline else config.agent.class_
@@ -60,7 +65,8 @@ def model_card(folder: Path, home: Path, config: RunConfig, mae: MAELearner, con
     code = "\n\n".join(f"```python\n{block}```" for block in contents.code)
     checks = "".join(f"\n- {check}" for check in contents.checks) + "\n" * bool(contents.checks)
     of_run = ", the baseline of the run below, under uniform random masks" if baseline else ""
-    summary = _json(home / "summary.json")
+    summary = _json(home / "summary.json") if pretrained else {"fine-tuned": _fine_tuned(folder, config)}
+    again = "tats run" if pretrained else "tats finetune"
     trained = _json(folder / TRAINED)
     clips = config.steps * config.batch_size if trained else _clips_logged(folder / "metrics.csv", config.rounds)
     versions = ", ".join(f"{name} {value}" for name, value in summary.get("versions", {}).items())
@@ -81,15 +87,15 @@ In this folder:
 
 | | |
 |---|---|
-{_training(config, mae, sampler, clips, trained, home)}
+{_training(config, mae, sampler, clips, trained, home, pretrained)}
 
 The command:
 
 ```bash
-{command(config)}
+{command(config) if pretrained else f"{again} config.yaml"}
 ```
 
-`config.yaml`, in this folder, holds all settings; `tats run config.yaml` does the same again.
+`config.yaml`, in this folder, holds all settings; `{again} config.yaml` does the same again.
 
 ## Results
 
@@ -97,7 +103,7 @@ The command:
 
 ## Limits
 
-{_limits(config, summary, clips)}
+{_limits(config, summary, clips, pretrained)}
 
 ## Versions
 
@@ -127,7 +133,13 @@ def command(config: RunConfig) -> str:
 
 
 def _training(
-    config: RunConfig, mae: MAELearner, sampler: str, clips: int | None, trained: Mapping[str, Any], home: Path
+    config: RunConfig,
+    mae: MAELearner,
+    sampler: str,
+    clips: int | None,
+    trained: Mapping[str, Any],
+    home: Path,
+    pretrained: bool,
 ) -> str:
     grid, clip, found = mae.grid, config.clip, trained.get("videos", {}).get("num_videos")
     videos = f"{found or config.num_videos or 'all'} videos"
@@ -154,6 +166,9 @@ def _training(
         "sampler": f"`{sampler}`",
         "seed": str(config.seed),
     }
+    if not pretrained:
+        for name in ("clips seen", "tokens", "sampler"):
+            del rows[name]
     return "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
 
 
@@ -175,7 +190,7 @@ Errors are in units of a patch's variance. Motion lift is the share of moving fo
 its share among all; 1 is chance. Probes and fine-tuning are top-1 accuracies. Not measured: {missing or "nothing"}."""
 
 
-def _limits(config: RunConfig, summary: Mapping[str, Any], clips: int | None) -> str:
+def _limits(config: RunConfig, summary: Mapping[str, Any], clips: int | None, pretrained: bool) -> str:
     limits = []
     if clips is not None and clips < SHORT:
         limits.append(
@@ -186,7 +201,9 @@ def _limits(config: RunConfig, summary: Mapping[str, Any], clips: int | None) ->
         limits.append("It has seen rendered videos only, never a real one.")
     if not summary or "interrupted" in summary:
         limits.append("The run was not finished: what is missing above was not done.")
-    if config.evaluate.baseline and config.agent.class_ != "random":
+    if not pretrained:
+        limits.append("One fine-tuning with one seed.")
+    elif config.evaluate.baseline and config.agent.class_ != "random":
         limits.append("One run with one seed. What a sampler is worth is told by several: `tats compare`.")
     else:
         limits.append("Nothing was trained beside it under uniform random masks, so nothing tells what its masks did.")
@@ -195,6 +212,12 @@ def _limits(config: RunConfig, summary: Mapping[str, Any], clips: int | None) ->
     )
     limits.append("No licence is stated. Before you pass it on, choose one that the videos allow.")
     return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _fine_tuned(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Accuracies by data set, under the names that they have in summary.json."""
+    found = {path.parts[-3]: _json(path) for path in (folder / DOWNSTREAM).glob("*/finetune/finetune.json")}
+    return top1_figures({data: {"finetune": scores} for data, scores in found.items()}, config)
 
 
 def _clips_logged(path: Path, rounds: int) -> int | None:

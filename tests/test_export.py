@@ -157,6 +157,24 @@ def test_hf_export_loads_in_transformers_as_model_and_as_classifier(
         torch.testing.assert_close(found, mae.model.encode(patches, every), atol=1e-5, rtol=0)
 
 
+def test_fine_tuning_of_weights_from_elsewhere_is_exported_as_the_classifier_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    (home / "mae.safetensors").unlink()  # `tats finetune` of a configuration leaves none
+    (home / "summary.json").unlink()
+    assert export([str(home), "--format", "hf"]) == 0
+    out = home / "export" / "hf"
+    assert not (out / "config.json").exists() and (out / "classifier-motion" / "config.json").is_file()
+    assert len(run_code(out, monkeypatch)) == 1
+    card = (out / "README.md").read_text()
+    top1 = json.loads((home / "downstream" / "motion" / "finetune" / "finetune.json").read_text())["top1"]
+    assert "tats finetune config.yaml" in card and f"{top1:.3f}" in card and "interrupted" not in card
+    assert not any(f"| {row} |" in card.split("## Results")[0] for row in ("clips seen", "tokens", "sampler"))
+    with pytest.raises(ConfigError, match="holds no mae"):
+        export([str(home), "--format", "onnx"])
+
+
 def test_hf_export_says_when_transformers_is_not_there_to_compare(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,7 +279,7 @@ def test_what_can_t_be_exported_is_refused_in_a_sentence(tmp_path: Path) -> None
             export([str(folder), "--format", form.strip()])
 
 
-def test_export_replaces_its_own_work_and_nothing_else(home: Path) -> None:
+def test_export_replaces_its_own_work_and_nothing_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = home / "export" / "policy"
     for _ in range(2):
         assert export([str(home), "--format", "policy"]) == 0
@@ -274,6 +292,12 @@ def test_export_replaces_its_own_work_and_nothing_else(home: Path) -> None:
         (out / name).unlink()
     with pytest.raises(ConfigError, match="not as tats export wrote it"):
         export([str(home), "--format", "policy", "--out", str(home)])
+    (elsewhere := home / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    for _ in range(2):
+        assert export([str(home), "--format", "policy", "--out", "."]) == 0
+        monkeypatch.chdir(elsewhere)  # which is a new one
+    assert (elsewhere / "policy.safetensors").is_file()
     with pytest.raises(ConfigError, match="is a file"):
         export([str(home), "--format", "policy", "--out", str(home / "metrics.csv")])
     with pytest.raises(ConfigError, match="a file in the place of a folder"):

@@ -194,7 +194,7 @@ def test_what_was_written_comes_back_as_the_classifier_that_was_tested(
     settings = {**SHORT, "epochs": 2, "learning_rate": 0.05}
     result = run(mae, train_set, test_set, tmp_path, settings)
     state = torch.get_rng_state()
-    model, class_names = load_classifier(tmp_path / CHECKPOINT)
+    model, class_names, *_ = load_classifier(tmp_path / CHECKPOINT)
     assert torch.equal(torch.get_rng_state(), state)
     assert class_names == sorted(COLOURS) and not model.training
     index = np.arange(len(test_set))
