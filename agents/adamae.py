@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from agents.base import Stepwise
+from agents.base import Stepwise, damage_told
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.meter import Meter
 from tats_env.guard import GuardedOptimizer, fused_adamw
-from tats_env.mae.checkpoint import read_checkpoint
+from tats_env.mae.checkpoint import read_checkpoint, save_tensors
 
 FORMAT = "tats-env adamae 1"
 
@@ -143,7 +142,7 @@ class AdaMAE(Stepwise):
     def save(self, path: str | Path) -> None:
         """Write the sampler and its settings to one safetensors file."""
         metadata = {"format": FORMAT, "settings": json.dumps(self.settings())}
-        save_file({name: x.contiguous() for name, x in self.sampler.state_dict().items()}, str(path), metadata)
+        save_tensors(self.sampler.state_dict(), path, metadata)
 
     @classmethod
     def load(cls, path: str | Path, env: Any = None) -> Self:
@@ -153,6 +152,7 @@ class AdaMAE(Stepwise):
             FileNotFoundError, ValueError: if there is no such file, or it is not such a checkpoint.
         """
         metadata, weights = read_checkpoint(path, FORMAT)
-        agent = cls(env, **json.loads(metadata["settings"]))
-        agent.sampler.load_state_dict(weights)
-        return agent
+        with damage_told(path):
+            agent = cls(env, **json.loads(metadata["settings"]))
+            agent.sampler.load_state_dict(weights)
+            return agent

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
@@ -61,6 +62,15 @@ class Agent(Protocol):
     @classmethod
     def load(cls, path: str | Path, env: Any = None) -> Any:
         """Bring back what ``save`` wrote; without an environment it can predict."""
+
+
+@contextmanager
+def damage_told(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong inside, as an agent is made of what a file holds, into ValueError, which names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is damaged, of another agent or of another version: {error}") from error
 
 
 def resolve_agent(name: str) -> Any:
@@ -279,7 +289,9 @@ class Stepwise(Resumable, ABC):
         Raises:
             FileNotFoundError, ValueError: if there is no such file, or another agent wrote it.
         """
-        settings = json.loads(Path(path).read_text())
+        with damage_told(path):
+            settings = dict(json.loads(Path(path).read_text("utf-8")))
         if settings.pop("agent", None) != cls.__name__:
             raise ValueError(f"{path} was not written by {cls.__name__}.save")
-        return cls(env, **settings)
+        with damage_told(path):
+            return cls(env, **settings)

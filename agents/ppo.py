@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import torch
-from safetensors.torch import save_file
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
-from agents.base import Draws, Resumable, env_device, from_batch, open_env, to_batch
+from agents.base import Draws, Resumable, damage_told, env_device, from_batch, open_env, to_batch
 from agents.credit import CREDITS, FORMS, Credit, clipped_surrogate, log_ratio, standardised, token_credit
 from agents.distributions import PlackettLuce, picks_to_scores
 from agents.hooks import Hook, as_hooks
@@ -28,7 +27,7 @@ from agents.policies import TrajectoryPolicy
 from agents.rollout import Rollout, Statistics, gae, rows_of
 from tats_env.grid import visible_mask
 from tats_env.guard import GuardedOptimizer, fused_adamw
-from tats_env.mae.checkpoint import read_checkpoint
+from tats_env.mae.checkpoint import read_checkpoint, save_tensors
 from tats_env.precision import autocast
 from tats_env.processes import average, gathered, process_index
 
@@ -423,7 +422,7 @@ class PPO(Resumable):
             raise TypeError(f"save() knows how to bring back a TrajectoryPolicy, not a {type(self.policy).__name__}")
         settings = {name: getattr(self, name) for name in (*SETTINGS, "seed")}
         metadata = {"format": FORMAT, "settings": json.dumps(settings), "policy": json.dumps(self.policy.options)}
-        save_file({name: x.contiguous() for name, x in self.policy.state_dict().items()}, str(path), metadata)
+        save_tensors(self.policy.state_dict(), path, metadata)
 
     @classmethod
     def load(cls, path: str | Path, env: str | gym.vector.VectorEnv[Any, Any, Any] | None = None) -> PPO:
@@ -433,9 +432,10 @@ class PPO(Resumable):
             FileNotFoundError, ValueError: if there is no such file, or it is not such a checkpoint.
         """
         metadata, weights = read_checkpoint(path, FORMAT)
-        policy = TrajectoryPolicy(**json.loads(metadata["policy"]))
-        policy.load_state_dict(weights)
-        return cls(env, policy, **json.loads(metadata["settings"]))
+        with damage_told(path):
+            policy = TrajectoryPolicy(**json.loads(metadata["policy"]))
+            policy.load_state_dict(weights)
+            return cls(env, policy, **json.loads(metadata["settings"]))
 
 
 _OTHERS = ("env", "policy", "policy_kwargs", "compile", "micro_batch_size", "seed")

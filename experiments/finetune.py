@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
@@ -45,7 +44,7 @@ from tats_env.data.sampling import epoch_order, rank_share
 from tats_env.guard import GuardedOptimizer
 from tats_env.keyed import keyed_bits, keyed_order
 from tats_env.mae import MAELearner
-from tats_env.mae.checkpoint import read_checkpoint
+from tats_env.mae.checkpoint import read_checkpoint, save_tensors
 from tats_env.mae.learner import IMAGENET_MEAN, IMAGENET_STD
 from tats_env.precision import autocast
 
@@ -314,7 +313,7 @@ class _Training:
                     tensors[f"optimizer.{key}.{name}"] = value
         metadata = {"format": FORMAT, "epoch": str(self.epoch), "settings": json.dumps(self.settings)}
         with whole(self.folder / CHECKPOINT) as partial:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, str(partial), metadata)
+            save_tensors(tensors, partial, metadata)
 
     def _resume(self) -> int:
         """Take up the folder's checkpoint, if there is one; returns the epochs done.

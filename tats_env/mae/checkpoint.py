@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def save_learner(learner: MAELearner, path: str | Path) -> None:
     """Write the MAE's weights, size and token grid to one safetensors file."""
     size = learner.size if isinstance(learner.size, str) else json.dumps(asdict(learner.size))
     metadata = {"format": FORMAT, "size": size, "grid": json.dumps(asdict(learner.grid))}
-    save_file({name: x.contiguous() for name, x in learner.model.state_dict().items()}, str(path), metadata)
+    save_tensors(learner.model.state_dict(), path, metadata)
 
 
 def load_learner(
@@ -75,6 +76,12 @@ def _learner(path: str | Path, found: ForeignMAE, device: str | torch.device, op
     if found.left_behind:
         _log.warning("%s: left behind, for it is no part of an MAE: %s", path, few(found.left_behind))
     return learner
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write tensors and metadata to one safetensors file, which others may read."""
+    save_file({name: x.contiguous() for name, x in tensors.items()}, str(path), metadata)
+    Path(path).chmod(0o644)  # the library has it for its owner alone
 
 
 def read_checkpoint(path: str | Path, expected: str) -> tuple[dict[str, str], dict[str, Tensor]]:

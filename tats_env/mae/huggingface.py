@@ -35,6 +35,7 @@ _INTEGERS = [name for name, value in DEFAULTS.items() if type(value) is int]
 DECODER_NORM_EPS = 1e-5
 DAMAGE = (
     SafetensorError,
+    OSError,
     pickle.UnpicklingError,
     RuntimeError,
     EOFError,
@@ -93,7 +94,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.parent} has no config.json: give a folder that save_pretrained wrote")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
     found = config.get("model_type") if isinstance(config, dict) else None
     if found != "videomae":

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tats_env.grid import TokenGrid
+from tats_env.mae.checkpoint import save_tensors
 from tats_env.mae.huggingface import DECODER_NORM_EPS, DEFAULTS
 from tats_env.mae.learner import IMAGENET_MEAN, IMAGENET_STD, MAELearner
 from tats_env.mae.model import SIZES, MAESize
@@ -136,4 +136,4 @@ def _write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    save_file(weights, str(folder / "model.safetensors"), {"format": "pt"})
+    save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
