@@ -38,8 +38,9 @@ from experiments.bench_schema import BenchConfig, FeedConfig
 from experiments.build import token_grid
 from experiments.checkpoints import whole
 from experiments.config import dump_config, to_values
-from experiments.folder import hold
+from experiments.folder import hold, stored
 from experiments.growth import predicted
+from experiments.machine import device_name
 from experiments.operations import Counts, count
 from experiments.refusals import ConfigError
 from experiments.schema import RunConfig
@@ -73,18 +74,6 @@ def versions() -> dict[str, str]:
     files = sorted(path for pattern in _CODE for path in root.glob(pattern))
     found["code"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     return found
-
-
-def device_name(device: torch.device) -> str:
-    """What was measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 class Bench:
@@ -134,9 +123,7 @@ class Bench:
 
     def _found(self) -> dict[str, report.Result]:
         """Rows of bench.json that hold here and now."""
-        if not self._path.is_file():
-            return {}
-        rows = json.loads(self._path.read_text())["rows"]
+        rows = stored(self._path).get("rows", {})
         return {name: row for name, row in rows.items() if row["key"] == self.keys.get(name)}
 
     def in_order(self) -> dict[str, report.Result]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -10,6 +12,15 @@ from experiments.refusals import ConfigError
 
 LOCK = ".lock"
 """Held in a run's folder for as long as its process lives."""
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """What a JSON file of ours holds; nothing if it is not there, or damaged."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def hold(folder: Path) -> FileLock:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import yaml
@@ -20,7 +19,7 @@ BASELINE = "random"
 TASKS = ("linear", "attentive", "knn", "finetune")
 _MARKS = ("config.yaml", "metrics.csv", "summary.json", "trained.json")
 """Files of which a run's folder has one at least."""
-_BEYOND = ("wall_seconds", "versions", "interrupted")
+_BEYOND = ("wall_seconds", "device", "versions", "interrupted")
 """What summary.json holds beside the samplers."""
 
 
@@ -93,6 +92,7 @@ class Run:
         self.config = self._config()
         summary = self._json(home / "summary.json")
         self.wall_seconds, self.versions = summary.get("wall_seconds"), summary.get("versions") or {}
+        self.device = summary.get("device") or self.setting("device")
         self.state = _state(home, summary)
         results = {name: figures for name, figures in summary.items() if name not in _BEYOND}
         own = folder.name if self.is_baseline else str(self.setting("agent.class") or next(iter(results), "sampler"))
@@ -145,7 +145,7 @@ class Run:
             found = json.loads(text) if text else {}
             if not isinstance(found, dict):
                 raise ValueError("holds no object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.problems.append(f"{_within(path)}: {error}")
             return {}
         return found
@@ -177,7 +177,7 @@ class Run:
             grid = (len(steps), num_clips, t // tubelet, h // patch, w // patch)
             heat = None if heat is None else heat.reshape(grid)
             return Snapshots(clips, steps, visible.reshape(grid), heat) if len(steps) else None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        except Exception as error:  # of many kinds where it is damaged: numpy reads a header as Python
             self.problems.append(f"{_within(path)}: {error}")
             return None
 

@@ -97,7 +97,7 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             ),
             "Clips": f"{steps[0][1] * batch:,.0f}, {batch:g} a step" if batch else "",
             "Seed": str(run.setting("seed") if run.setting("seed") is not None else ""),
-            "Device": str(run.setting("device") or ""),
+            "Device": str(run.device or ""),
             "Wall time": _duration(seconds) if isinstance(seconds, int | float) and seconds > 0 else "",
             "Versions": ", ".join(f"{name} {version}" for name, version in dict(run.versions).items()),
         }

@@ -38,8 +38,9 @@ from experiments.deterministic import make_deterministic
 from experiments.distributed import first_then_others, join, led_by_first, part
 from experiments.downstream import downstream, top1_figures
 from experiments.evaluation import EVALUATION_SEED, evaluate_sampler
-from experiments.folder import hold, new_folder
+from experiments.folder import hold, new_folder, stored
 from experiments.gallery import EXAMPLES, draw
+from experiments.machine import device_name
 from experiments.metrics import heading, in_digits, shown
 from experiments.progress import RunProgress
 from experiments.refusals import ConfigError
@@ -140,13 +141,18 @@ class Run:
         folder = self.folder if name == self.config.agent.class_ else self.folder / name
         return folder, folder / "mae.safetensors", folder / f"policy{getattr(self.makers[name][0], 'suffix', '')}"
 
+    def _curves(self, folder: Path, step: int) -> list[KVWriter]:
+        """Where curves and pictures of the sampler in a folder go, from a step on."""
+        tracker = [Tracker(self.config, self.folder, folder)] if self.config.tracker else []
+        return [Curves(folder, step), *tracker]
+
     def train(self, name: str, progress: RunProgress) -> None:
         """Train the agent of that name with an MAE of its own, from where a checkpoint has it."""
         config = self.config
         folder, mae_file, policy_file = self._files(name)
         first, self._first = self._first, None
-        if (folder / TRAINED).is_file():
-            self._take_up(json.loads((folder / TRAINED).read_text()), name)
+        if trained := stored(folder / TRAINED):
+            self._take_up(trained, name)
             progress.skip(config.steps * config.rounds)
             return
         mae, agent = first or self._make(name)
@@ -157,28 +163,25 @@ class Run:
         if self.resumed and not resumable:
             self.console.print(f"{name} keeps no state that could be gone on from, and begins anew", soft_wrap=True)
         outputs: list[KVWriter] = []
-        metrics: dict[str, Metrics] = {}
-        guards: dict[str, Guards] = {}
+        own: dict[str, Any] = {}  # what process 0 alone keeps
         if self.leads:
             folder.mkdir(exist_ok=True)
-            metrics = {"metrics": Metrics(folder / "metrics.csv")}
-            tracker = [Tracker(config, self.folder, folder)] if config.tracker else []
-            outputs = [*metrics.values(), Curves(folder, step), *tracker, progress]
-            guards["guards"] = Guards(Thresholds(**config.guards.model_dump()), folder / "warnings.txt")
+            own["metrics"] = Metrics(folder / "metrics.csv")
+            own["guards"] = Guards(Thresholds(**config.guards.model_dump()), folder / "warnings.txt")
+            outputs = [own["metrics"], *self._curves(folder, step), progress]
         progress.start(name)
         # The display counts first: should the MAE's update or a log line raise, it tells the step that did. The MAE
         # learns from complete masks only.
         updates = {} if config.mae.frozen else {"updates": MAEUpdateHook(config.mae.update_every * config.rounds)}
-        log = LogHook(Logger(str(folder), outputs), config.log_interval * config.rounds, guards.get("guards"))
-        watching: dict[str, Snapshots] = {}
+        log = LogHook(Logger(str(folder), outputs), config.log_interval * config.rounds, own.get("guards"))
         if self.leads and config.evaluate.pictures:
             observation = getattr(agent, "observation", "tokens")
-            watching["snapshots"] = Snapshots(
+            own["snapshots"] = Snapshots(
                 config, self.test_set, mae, observation, folder, log, outputs[1:-1], self.console
             )
         hooks: list[Hook] = [*updates.values(), log]
         if resumable:
-            parts: dict[str, Any] = {"mae": mae, "agent": agent, "log": log, **updates, **metrics, **guards, **watching}
+            parts: dict[str, Any] = {"mae": mae, "agent": agent, "log": log, **updates, **own}
             checkpoints = Checkpoints(
                 folder / FOLDER, parts, log, config.checkpoint_minutes, self.termination, self.console, self.leads
             )
@@ -189,12 +192,13 @@ class Run:
                 self.start -= found["log"]["seconds"]
                 self.console.print(f"{name} goes on from step {step // config.batch_size}", soft_wrap=True)
         self.termination.waits = resumable
+        snapshots = [own["snapshots"]] if "snapshots" in own else []
         try:
-            for snapshots in watching.values():
-                snapshots.look(agent)
-            agent.learn(config.steps * config.rounds * agent.env.num_envs, [progress, *watching.values(), *hooks])
-            for snapshots in watching.values():
-                snapshots.look(agent)
+            for each in snapshots:
+                each.look(agent)
+            agent.learn(config.steps * config.rounds * agent.env.num_envs, [progress, *snapshots, *hooks])
+            for each in snapshots:
+                each.look(agent)
         finally:
             self.termination.waits = False
             seconds = (time.perf_counter() - log.start) / config.steps
@@ -245,20 +249,25 @@ class Run:
             strips = draw(*on_test_set(EXAMPLES), folder)
             gallery = {f"gallery/{i}": Image(each, "HWC") for i, each in enumerate(strips)}
             step = config.steps * config.batch_size * config.rounds
-            curves = Curves(folder, step)
-            curves.write(gallery, dict.fromkeys(gallery, ()), step)
-            curves.close()
+            for output in self._curves(folder, step):
+                output.write(gallery, dict.fromkeys(gallery, ()), step)
+                output.close()
         if config.evaluate.tasks:
             self.write_summary(interrupted=True)  # what there is, should a task fail
             scores = downstream(config, config.evaluate.tasks, mae, judged, self.videos, folder, self.console)
             self.results[name] |= top1_figures(scores, config)
 
     def write_summary(self, **more: Any) -> None:
-        """Write summary.json: each sampler's figures under its name, seconds and versions; and the bad videos anew."""
+        """Write summary.json, each sampler's figures under its name and what they were made on; the bad videos anew."""
         write_bad_videos(self.folder, *self.videos.opened())
         packages = ("torch", "gymnasium", "stable-baselines3", "timm", "numpy")
         versions = {"python": platform.python_version()} | {p: version(p) for p in packages}
-        summary = {**self.results, "wall_seconds": time.perf_counter() - self.start, "versions": versions, **more}
+        about = {
+            "wall_seconds": time.perf_counter() - self.start,
+            "device": device_name(resolve_device(self.config.device)),
+            "versions": versions,
+        }
+        summary = {**self.results, **about, **more}
         with whole(self.folder / "summary.json") as partial:  # who resumes goes by it
             partial.write_text(json.dumps(summary, indent=2) + "\n")
 
@@ -338,7 +347,7 @@ def run(config: RunConfig, resumed: Path | None = None) -> int:
             this.write_summary(interrupted=True)
             this.lock.release()  # or the report would have it that somebody is at work
             told = "; report.html shows them" if this.report() else ""
-            console.print(f"Interrupted; checkpoints and metrics so far are in {this.folder}{told}", soft_wrap=True)
+            console.print(f"Interrupted; weights and metrics so far are in {this.folder}{told}", soft_wrap=True)
             return 130
         finally:
             progress.close()

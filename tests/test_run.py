@@ -111,6 +111,7 @@ def test_summary_holds_the_table(finished: tuple[Path, str]) -> None:
     assert 0.6 < summary["random"]["motion_lift"] < 1.5
     # Uniform masks are the yardstick itself
     assert summary["random"]["reconstruction_error"] == pytest.approx(summary["random"]["random_mask_error"], rel=0.05)
+    assert "threads" in summary["device"]
     assert summary["wall_seconds"] > 0 and {"torch", "gymnasium", "python"} <= summary["versions"].keys()
 
 
