@@ -25,6 +25,7 @@ from experiments.folder import LOCK, hold
 from experiments.grid import Cell, CompareConfig
 from experiments.metrics import heading, in_digits, shown
 from experiments.refusals import ConfigError
+from experiments.resume import is_finished
 from experiments.schema import RunConfig
 
 CURVE = "mask/random_mask_error"
@@ -73,8 +74,7 @@ class Comparison:
 
     def finished(self, run: RunConfig) -> bool:
         """Whether the run came to its end."""
-        summary = self._path(run) / "summary.json"
-        return summary.is_file() and "interrupted" not in json.loads(summary.read_text())
+        return is_finished(self._path(run))
 
     def carry_out(self, minutes: float | None) -> list[Cell]:
         """Run what is not finished, several at a time, and return the cells that failed.

@@ -17,6 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from experiments.checkpoints import whole
+from experiments.folder import stored
 from tats_env.data import VideoSet
 from tats_env.mae import MAELearner
 
@@ -189,15 +190,19 @@ class _Cache:
 
     def holds(self, tokens: bool) -> bool:
         """Whether everything is there and of these weights and videos."""
-        try:
-            record = json.loads(self._record.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        record = stored(self._record)
+        if record.get("of") != self._key or not isinstance(record.get("failed"), list):
             return False
-        return record.get("of") == self._key and self._pooled.is_file() and (self._tokens.is_file() or not tokens)
+        files = [self._pooled, self._tokens] if tokens else [self._pooled]
+        try:
+            shapes = [np.load(file, mmap_mode="r").shape for file in files]
+        except Exception:  # of many kinds where one is damaged, for numpy reads its header as Python
+            return False
+        return shapes == [(self._shape[0], self._shape[1] * self._shape[3]), self._shape][: len(files)]
 
     def read(self, tokens: bool) -> tuple[np.ndarray, list[int], np.ndarray | None]:
         """Pooled features, positions of videos that failed, and the tokens, memory-mapped, if they are wanted."""
-        failed = json.loads(self._record.read_text())["failed"]
+        failed = stored(self._record)["failed"]
         return np.load(self._pooled), failed, np.load(self._tokens, mmap_mode="r") if tokens else None
 
     def fill(self, encoded: EncodedTokens, batch_size: int, tokens: bool, progress: bool) -> None:

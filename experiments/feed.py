@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tats_env.data import VideoSet, open_dataset
-from tats_env.data.index import on_all_cores
 from tats_env.data.reader import num_cores, probe, read_frames
 from tats_env.data.rendered import cache_folder
 from tats_env.data.staging import AHEAD
+from tats_env.data.workers import on_all_cores
 from tats_env.keyed import keyed_bits
 
 WIDTH, HEIGHT, FPS, FRAMES = 340, 256, 25, 250  # Kinetics as it is usually kept: ten seconds

@@ -39,7 +39,8 @@ def _unknown_key(path: str, defaults: dict[str, Any]) -> str:
     likeness = {name: SequenceMatcher(None, key, name.rpartition(".")[2]).ratio() for name in valid}
     best = max(likeness.values())
     if best < 0.6:
-        return f"unknown key; there are {', '.join(defaults[group] if group else defaults)}"
+        there = dict(items(defaults)).get(group)  # a key may hold dots of its own
+        return f"unknown key; there are {', '.join(there if isinstance(there, dict) else defaults)}"
     nearest = [name for name in valid if likeness[name] == best]
     return "unknown key" + did_you_mean(*([name for name in nearest if name.rpartition(".")[0] == group] or nearest))
 

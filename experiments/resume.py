@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.config import load_config, override_config, to_values
+from experiments.folder import stored
 from experiments.refusals import ConfigError, items
 from experiments.schema import RunConfig
 
@@ -69,8 +69,8 @@ def resumed(config: RunConfig, options: Sequence[str], run: str | None, prog: st
 
 def is_finished(folder: Path) -> bool:
     """Whether a run came to its end."""
-    summary = folder / "summary.json"
-    return summary.is_file() and "interrupted" not in json.loads(summary.read_text())
+    summary = stored(folder / "summary.json")
+    return bool(summary) and "interrupted" not in summary
 
 
 def _newest(out: Path, name: str) -> Path | None:

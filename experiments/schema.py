@@ -24,6 +24,9 @@ from agents import AGENTS
 from experiments.refusals import close, did_you_mean
 from experiments.section import Section, check_divides, check_text, data_text, data_texts
 
+MOST_TOKENS = 1_000_000
+"""In a clip; more are a mistake."""
+
 
 class ClipConfig(Section):
     """What a clip is, and how it is cut into tokens."""
@@ -381,6 +384,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _parts_agree(self) -> RunConfig:
         n = self.clip.num_tokens
+        if n > MOST_TOKENS:
+            raise ValueError(f"clip: size and num_frames make more than {MOST_TOKENS} tokens; give smaller ones")
         k = int(n * (1 - self.mask_ratio) + 1e-9)
         if n == 1:
             raise ValueError("clip: one token is the whole clip, which can't be masked; give a smaller patch_size")

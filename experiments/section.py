@@ -30,6 +30,8 @@ _TEXTS: dict[str, tuple[str, str, Sequence[str]]] = {
 }  # fmt: skip
 
 
+_NEAR = 10_000
+"""How far to look for a number that divides another."""
 _WHOLES = {"tubelet_size": "num_frames", "patch_size": "size", "num_heads": "width"}
 
 
@@ -57,14 +59,17 @@ def data_text(value: Any) -> Any:
 
 def data_texts(value: Any) -> Any:
     """Names of data sets, each as ``data_text`` has it and understood; anything but a list as it is."""
-    return [check_text("data", data_text(x)) for x in value] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return [check_text("data", x) if isinstance(x, str) else x for x in map(data_text, value)]
 
 
 def check_divides(whole: int, part: int, what: str) -> None:
     """Raise ValueError, which names the nearest that do, unless ``part`` divides ``whole``, called ``what``."""
     if whole % part:
-        below = max(d for d in range(1, min(part, whole) + 1) if whole % d == 0)
-        above = [d for d in range(part, whole + 1) if whole % d == 0][:1]
+        # Not further, for numbers may be long
+        below = next((d for d in range(min(part, whole), max(1, part - _NEAR), -1) if whole % d == 0), 1)
+        above = [d for d in range(part, min(whole, part + _NEAR) + 1) if whole % d == 0][:1]
         raise ValueError(f"{part} does not divide {what} = {whole}; give {' or '.join(map(str, [below, *above]))}")
 
 

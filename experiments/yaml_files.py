@@ -68,6 +68,13 @@ def _read(path_or_name: str, verb: str) -> str:
     )
 
 
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (ValueError, AttributeError, RecursionError) as error:  # of a date in month 99, say, or too many brackets
+        raise yaml.YAMLError(str(error)) from error
+
+
 def read_yaml(path_or_name: str, verb: str) -> Any:
     """What a YAML file holds, or one that comes with the package.
 
@@ -75,7 +82,7 @@ def read_yaml(path_or_name: str, verb: str) -> Any:
         ConfigError: if there is none, or it is not YAML.
     """
     try:
-        return yaml.load(_read(path_or_name, verb), Loader=_Loader)  # a SafeLoader
+        return _parse(_read(path_or_name, verb))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -93,7 +100,7 @@ def set_value(values: dict[str, Any], path: str, text: str) -> None:
         if not isinstance(group, dict):
             raise ConfigError(f"command line: --{path}: {part} is not a mapping")
     try:
-        group[last if last in group else last.replace("-", "_")] = yaml.load(text, Loader=_Loader)  # a SafeLoader
+        group[last if last in group else last.replace("-", "_")] = _parse(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"command line: --{path}: {text!r} is not YAML: {problem}") from None

@@ -1,4 +1,4 @@
-"""Decoders that crash and hang, for worker processes, which import this and nothing heavy."""
+"""What tests have worker processes do, decoders that crash and hang among it: they import this and nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tats_env.data.reader import DecordReader, VideoInfo
+from tats_env.data.reader import DecordReader, VideoInfo, probe, read_frames
 from tats_env.data.stream import ClipReader
 
 
@@ -74,3 +74,9 @@ class SlowReader(ClipReader):
             time.sleep(2)
         Path(self.folder, path.stem).touch()
         return super().__call__(path, info, frames, position)
+
+
+def decode(item: tuple[Path, float], size: tuple[int, int]) -> tuple[VideoInfo, np.ndarray]:
+    """A small video as a whole, uint8 [L, H, W, 3], in some seconds."""
+    info = probe(item[0])
+    return info, read_frames(item[0], size, info=info)

@@ -20,9 +20,10 @@ from experiments.refusals import ConfigError
 from tats_env.data import DataError, index, miniature
 from tats_env.data.annotations import list_file, list_hmdb51, list_kinetics400, list_ssv2, list_ucf101
 from tats_env.data.folder import list_folder
-from tats_env.data.index import index_file, on_all_cores, probe_all
+from tats_env.data.index import index_file, probe_all
 from tats_env.data.listing import Listing
 from tats_env.data.reader import UnreadableVideo, VideoInfo
+from tats_env.data.workers import on_all_cores
 
 ROOT = str(Path(index.__file__).parents[2])
 SPLITS = ("train", "validation")

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -236,8 +237,9 @@ def _in_processes(
                 result = error
             except (TimeoutError, ProcessExpired) as error:
                 if not first.again:  # it may have been the machine's fault
-                    first.again = True
-                    give_out(first)
+                    first.again, first.future = True, Future()
+                    with suppress(BrokenProcessPool):  # of which more above
+                        give_out(first)
                     continue
                 result = verdict(about(first.item)[0], error)
             renewed = False
