@@ -9,6 +9,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # nets this small only wait for one another on more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, likewise
 
 
 @pytest.fixture(scope="session", autouse=True)
