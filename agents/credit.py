@@ -13,6 +13,9 @@ name                advantage                           ratio
 ``token_motion``    each hidden token's motion error    the same surrogate
 ==================  ==================================  ====================================================
 
+Of the forms, ``inverted`` is minus ``standardised``: what was hard to predict is to stay hidden, for the MAE to be
+asked for it, where the others have it shown (the two readings of Rai et al.'s paper).
+
 Mind the sign: as a reward, +error teaches an agent to *hide* hard tokens; as credit on hidden tokens, +error raises
 the probability that they are *shown* next time.
 """
@@ -26,7 +29,7 @@ from agents.distributions import PlackettLuce
 from tats_env.rewards import Decision, pick_surprise
 
 CREDITS = ("clip", "pick_surprise", "token_error", "token_motion")
-FORMS = ("standardised", "proportional")
+FORMS = ("standardised", "inverted", "proportional")
 STANDARDISED_BOUND = 3.0
 PROPORTIONAL_BOUND = 20.0
 LOG_RATIO_BOUND = 10.0
@@ -79,8 +82,10 @@ def token_credit(name: str, form: str, power: float, decision: Decision, picks: 
         found = decision.reconstruction
         values = found.token_error if name == "token_error" else found.motion_error
         counts = found.scored
-    advantage = standardised(values, counts) if form == "standardised" else proportional(values, counts, power)
-    return Credit(advantage, counts)
+    if form == "proportional":
+        return Credit(proportional(values, counts, power), counts)
+    advantage = standardised(values, counts)
+    return Credit(-advantage if form == "inverted" else advantage, counts)
 
 
 def log_ratio(name: str, new: PlackettLuce, old: PlackettLuce, picks: Tensor) -> Tensor:

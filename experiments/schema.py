@@ -108,9 +108,9 @@ class AgentConfig(Section):
     class_: Literal["ppo"] = Field(default="ppo", alias="class")
     """ppo, adamae, random, tube, frame, block, motion, oracle, greedy, sb3:ALGORITHM or package.module:Class."""
     credit: Literal["clip", "pick_surprise", "token_error", "token_motion"] = "token_motion"
-    """Which outcome speaks for which token; the token credits raise what was hidden and hard to predict."""
-    form: Literal["standardised", "proportional"] = "standardised"
-    """How a token's outcome becomes its advantage; clip credit knows no forms."""
+    """Which outcome speaks for which token; the token credits show what was hidden and hard to predict."""
+    form: Literal["standardised", "inverted", "proportional"] = "standardised"
+    """How a token's outcome becomes its advantage; inverted has hard tokens hidden. Clip credit knows no forms."""
     power: PositiveFloat = 1.0
     """Exponent of the proportional form: probabilities settle in proportion to outcome^power."""
     learning_rate: PositiveFloat = 2e-3

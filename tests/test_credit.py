@@ -13,6 +13,7 @@ from torch import Tensor
 from agents.credit import (
     CREDITS,
     DUAL_CLIP,
+    FORMS,
     LOG_RATIO_BOUND,
     PROPORTIONAL_BOUND,
     STANDARDISED_BOUND,
@@ -129,7 +130,7 @@ def decision_and_picks(batch: int = 5) -> tuple[Decision, Tensor]:
     return decision, picks
 
 
-@pytest.mark.parametrize("form", ["standardised", "proportional"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["token_error", "token_motion"])
 def test_token_credit_goes_to_hidden_tokens_by_their_own_error(name: str, form: str) -> None:
     decision, picks = decision_and_picks()
@@ -139,12 +140,13 @@ def test_token_credit_goes_to_hidden_tokens_by_their_own_error(name: str, form: 
     for b in range(len(picks)):
         hidden = [i for i in range(N) if i not in picks[b].tolist()]
         values = errors[b, hidden].double().numpy()
-        expected = (values - values.mean()) / values.std() if form == "standardised" else values**2 / (values**2).mean()
+        z = (values - values.mean()) / values.std()
+        expected = {"standardised": z, "inverted": -z, "proportional": values**2 / (values**2).mean()}[form]
         np.testing.assert_allclose(advantage[b, hidden], expected, rtol=1e-4, atol=1e-5)
         assert (advantage[b, picks[b]] == 0).all()
 
 
-@pytest.mark.parametrize("form", ["standardised", "proportional"])
+@pytest.mark.parametrize("form", FORMS)
 def test_pick_surprise_credits_each_pick_in_the_order_drawn_by_the_error_it_would_have_had(form: str) -> None:
     decision, picks = decision_and_picks()
     advantage, counts = token_credit("pick_surprise", form, 1.0, decision, picks)
@@ -152,7 +154,8 @@ def test_pick_surprise_credits_each_pick_in_the_order_drawn_by_the_error_it_woul
     for b, draw in enumerate(picks.tolist()):
         assert counts[b].tolist() == [not shown[b, i] for i in draw]
         values = np.array([error[b, i] for i in draw if not shown[b, i]])
-        expected = (values - values.mean()) / values.std() if form == "standardised" else values / values.mean()
+        z = (values - values.mean()) / values.std()
+        expected = {"standardised": z, "inverted": -z, "proportional": values / values.mean()}[form]
         np.testing.assert_allclose(advantage[b][counts[b]], expected, rtol=1e-4, atol=1e-5)
         assert (advantage[b][~counts[b]] == 0).all()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from agents.credit import FORMS
 from agents.heuristics import RandomMask
 from agents.hooks import Hook, LogHook, MAEUpdateHook
 from agents.meter import motion_lift
@@ -67,7 +68,7 @@ def test_learned_sampler_finds_motion_far_above_chance() -> None:
 
 
 @pytest.mark.parametrize("credit", ["clip", "pick_surprise", "token_error", "token_motion"])
-@pytest.mark.parametrize("form", ["standardised", "proportional"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_credit_and_form_trains_without_a_skipped_update(credit: str, form: str) -> None:
     agent = PPO(make_env(4), credit=credit, form=form, n_steps=2, n_minibatches=2, policy_kwargs=SMALL)
     before = [p.clone() for p in agent.policy.parameters()]
