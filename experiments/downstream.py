@@ -56,7 +56,8 @@ def downstream(
         try:
             if probes:
                 sets = videos(data, "train"), videos(data, "validation")
-                scores = run_probes(mae, *sets, probes, config.probe, config.seed, where, console.is_terminal)
+                cache = where if config.probe.keep_features else None
+                scores = run_probes(mae, *sets, probes, config.probe, config.seed, cache, console.is_terminal)
                 for task, score in scores.items():
                     score.write(where, task)
                     found[data][task] = score.row()

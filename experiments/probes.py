@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,18 +30,24 @@ WARMUP = 0.1
 """Share of the attentive probe's steps over which its learning rate rises to its peak."""
 KNN_BATCH = 1024
 
-Probe = Callable[[Features, Features, int, ProbeConfig, int, bool], Tensor]
-"""(train, test, num_classes, config, seed, progress) -> class scores of the test videos [V, C]."""
+
+class Judged(NamedTuple):
+    """What a trained probe makes of the test videos."""
+
+    scores: Tensor
+    """[V, C]: the higher, the likelier."""
+    losses: Sequence[float] = ()
+    """Mean training loss of each epoch or, of an optimiser without epochs, the last one: whether it has converged."""
+
+
+Probe = Callable[[Features, Features, int, ProbeConfig, int, bool], Judged]
+"""(train, test, num_classes, config, seed, progress) -> what it makes of the test videos."""
 
 
 def linear(
     train: Features, test: Features, num_classes: int, config: ProbeConfig, seed: int = 0, progress: bool = False
-) -> Tensor:
-    """Logits of a linear classifier on standardised pooled features, trained to convergence by L-BFGS.
-
-    Returns:
-        [V, C] for the test videos.
-    """
+) -> Judged:
+    """Logits of a linear classifier on standardised pooled features, trained to convergence by L-BFGS."""
     mean, deviation = train.pooled.mean(0), train.pooled.std(0) + 1e-6
     x, x_test = (train.pooled - mean) / deviation, (test.pooled - mean) / deviation
     weight = torch.zeros(x.shape[1], num_classes, device=x.device, requires_grad=True)
@@ -54,18 +61,15 @@ def linear(
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    return (x_test @ weight + bias).detach()
+    return Judged((x_test @ weight + bias).detach(), [float(closure().detach())])
 
 
 def knn(
     train: Features, test: Features, num_classes: int, config: ProbeConfig, seed: int = 0, progress: bool = False
-) -> Tensor:
-    """Votes of the k nearest training videos, each exp(cosine similarity of pooled features / temperature).
+) -> Judged:
+    """Shares of the votes of the k nearest training videos, each exp(cosine similarity of features / temperature).
 
     Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021.
-
-    Returns:
-        [V, C] for the test videos: each class's share of the votes.
     """
     known, asked = F.normalize(train.pooled, dim=1), F.normalize(test.pooled, dim=1)
     scores = []
@@ -74,7 +78,7 @@ def knn(
         # Softmax: the votes up to a factor, without the overflow of a low temperature
         votes = (similarity / config.temperature).softmax(1)
         scores.append(votes.new_zeros(len(batch), num_classes).scatter_add_(1, train.labels[nearest], votes))
-    return torch.cat(scores)
+    return Judged(torch.cat(scores))
 
 
 class AttentiveProbe(nn.Module):
@@ -105,12 +109,8 @@ class AttentiveProbe(nn.Module):
 
 def attentive(
     train: Features, test: Features, num_classes: int, config: ProbeConfig, seed: int = 0, progress: bool = False
-) -> Tensor:
-    """Logits of the attentive probe, of ``config.restarts`` the one with the lowest loss in its last epoch of training.
-
-    Returns:
-        [V, C] for the test videos.
-    """
+) -> Judged:
+    """Logits of the attentive probe, of ``config.restarts`` the one with the lowest loss in its last epoch."""
     device = train.labels.device
     tokens = next(iter(train.tokens([np.arange(1)])))
     with torch.random.fork_rng(devices=[]):
@@ -131,7 +131,7 @@ def attentive(
         t_in_epochs=False,
     )
     epochs = range(config.epochs)
-    step = 0
+    step, history = 0, []
     for epoch in track(epochs, "attentive probe") if progress else epochs:
         order = keyed_order(keyed_bits(torch.tensor([seed]), epoch), len(train)).numpy()[0]
         batches = in_batches(order, config.batch_size)
@@ -148,10 +148,14 @@ def attentive(
             step += 1
             schedule.step_update(step)
             losses += loss.detach().sum(1)
-    best = probes[int(losses.nan_to_num(math.inf).argmin())].eval()
+        history.append(losses / len(train))
+    found = torch.stack(history)
+    chosen = int(found[-1].nan_to_num(math.inf).argmin())
+    best = probes[chosen].eval()
     batches = in_batches(np.arange(len(test)), config.batch_size)
     with torch.inference_mode(), autocast(device):
-        return torch.cat([best(tokens.float()).float() for tokens in test.tokens(batches)])
+        scores = torch.cat([best(tokens.float()).float() for tokens in test.tokens(batches)])
+    return Judged(scores, found[:, chosen].tolist())
 
 
 PROBES: dict[str, Probe] = {"linear": linear, "attentive": attentive, "knn": knn}
@@ -195,7 +199,5 @@ def run_probes(
     tokens = "attentive" in kinds
     x, x_test = (extract(mae, s, config.batch_size, folder, tokens=tokens, progress=progress) for s in (train, test))
     names = train.class_names
-    return {
-        kind: Scores(PROBES[kind](x, x_test, len(names), config, seed, progress), x_test.labels, names)
-        for kind in kinds
-    }
+    judged = {kind: PROBES[kind](x, x_test, len(names), config, seed, progress) for kind in kinds}
+    return {kind: Scores(found.scores, x_test.labels, names, found.losses) for kind, found in judged.items()}

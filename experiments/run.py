@@ -42,6 +42,7 @@ from experiments.folder import hold, new_folder, stored
 from experiments.gallery import EXAMPLES, draw
 from experiments.machine import device_name
 from experiments.metrics import heading, in_digits, shown
+from experiments.points import Points, probe_points
 from experiments.progress import RunProgress
 from experiments.refusals import ConfigError
 from experiments.schema import AgentConfig, OtherAgentConfig, RunConfig
@@ -193,10 +194,12 @@ class Run:
                 self.console.print(f"{name} goes on from step {step // config.batch_size}", soft_wrap=True)
         self.termination.waits = resumable
         snapshots = [own["snapshots"]] if "snapshots" in own else []
+        done = step // (config.batch_size * config.rounds)
+        points = [Points(config, folder, mae, log, done)] if self.leads and config.evaluate.points else []
         try:
             for each in snapshots:
                 each.look(agent)
-            agent.learn(config.steps * config.rounds * agent.env.num_envs, [progress, *snapshots, *hooks])
+            agent.learn(config.steps * config.rounds * agent.env.num_envs, [progress, *snapshots, *points, *hooks])
             for each in snapshots:
                 each.look(agent)
         finally:
@@ -256,6 +259,8 @@ class Run:
             self.write_summary(interrupted=True)  # what there is, should a task fail
             scores = downstream(config, config.evaluate.tasks, mae, judged, self.videos, folder, self.console)
             self.results[name] |= top1_figures(scores, config)
+            if config.evaluate.points:
+                probe_points(config, self.videos, folder, self.console, self.results[name])
 
     def write_summary(self, **more: Any) -> None:
         """Write summary.json, each sampler's figures under its name and what they were made on; the bad videos anew."""

@@ -195,6 +195,8 @@ class ProbeConfig(Section):
     """Heads of the attentive probe."""
     restarts: PositiveInt = 1
     """Attentive probes with different initial weights; the one with the lowest training loss counts."""
+    keep_features: bool = True
+    """Keep features in the run's folder, so that a second probe starts at once."""
 
 
 class FinetuneConfig(Section):
@@ -296,12 +298,16 @@ class EvaluateConfig(Section):
 
     num_videos: PositiveInt | None = 240
     """Validation videos, rendered or at most read; None is all of a folder, or 60 rendered."""
+    seed: NonNegativeInt = 0
+    """Of the validation videos: another one renders, or picks, some on which nothing has been chosen yet."""
     clips: PositiveInt = 512
     """Validation clips on which samplers are compared."""
     tasks: list[Literal["linear", "attentive", "knn", "finetune"]] = Field(default=["linear"])
     """What the encoder is asked to do downstream."""
     data: list[str] = Field(default=[])
     """Data sets to do it on; none is the one of the run."""
+    points: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[])
+    """Shares of the training after which the encoder is probed as well."""
     baseline: bool = True
     """Also train under uniform random masks for as long, and compare."""
     pictures: bool = True

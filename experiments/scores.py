@@ -29,6 +29,7 @@ class Scores:
         class_scores: [V, C] logits, probabilities or votes: the higher, the likelier; of equal ones the first counts.
         labels: int [V]; videos of label -1 are left out.
         class_names: the C names.
+        losses: the classifier's training losses, to be written beside its scores.
 
     Attributes:
         num_videos: how many have a label.
@@ -42,8 +43,14 @@ class Scores:
         FloatingPointError: if a labelled video's score is not a number.
     """
 
-    def __init__(self, class_scores: Tensor, labels: Tensor | np.ndarray, class_names: Sequence[str]) -> None:
-        self.class_names = list(class_names)
+    def __init__(
+        self,
+        class_scores: Tensor,
+        labels: Tensor | np.ndarray,
+        class_names: Sequence[str],
+        losses: Sequence[float] = (),
+    ) -> None:
+        self.class_names, self.losses = list(class_names), list(losses)
         num_classes = len(self.class_names)
         truth = torch.as_tensor(labels).cpu().long()
         if class_scores.shape != (len(truth), num_classes):
@@ -82,6 +89,7 @@ class Scores:
         record = {
             **self.row(),
             "num_videos": self.num_videos,
+            **({"losses": self.losses} if self.losses else {}),
             "class_names": self.class_names,
             "per_class": self.per_class,
             "confusion": self.confusion.tolist(),

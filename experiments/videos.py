@@ -43,6 +43,7 @@ class Videos:
                 num_frames=clip.num_frames,
                 frame_stride=clip.frame_stride,
                 size=(clip.size, clip.size),
+                seed=0 if split == "train" else self.config.evaluate.seed,
                 num_videos=self.config.num_videos if split == "train" else self.config.evaluate.num_videos,
                 sampling=key[2],
                 augment=augment,

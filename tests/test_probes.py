@@ -60,7 +60,7 @@ def in_one_token(num_videos: int, seed: int) -> Features:
 
 
 def accuracy(probe: str, train: Features, test: Features, config: ProbeConfig = QUICK) -> float:
-    scores = PROBES[probe](train, test, CLASSES, config, 0, False)
+    scores = PROBES[probe](train, test, CLASSES, config, 0, False).scores
     assert scores.shape == (len(test), CLASSES)
     return float((scores.argmax(1) == test.labels).float().mean())
 
@@ -102,7 +102,7 @@ def test_linear_probe_is_at_the_minimum_that_scipy_finds() -> None:
 
     found = minimize(loss, np.zeros(CLASSES * (x.shape[1] + 1)), jac=True, tol=1e-12).x
     expected = x_test @ found[CLASSES:].reshape(-1, CLASSES) + found[:CLASSES]
-    actual = linear(train, test, CLASSES, QUICK).numpy()
+    actual = linear(train, test, CLASSES, QUICK).scores.numpy()
     assert np.abs(expected).max() > 2
     # The loss leaves a constant in all logits open
     np.testing.assert_allclose(
@@ -115,7 +115,7 @@ def test_nearest_neighbours_vote_as_counted_by_hand(k: int, monkeypatch: pytest.
     monkeypatch.setattr(probes, "KNN_BATCH", 7)
     train, test = in_every_token(40, 0), in_every_token(15, 1)
     config = ProbeConfig(k=k, temperature=0.2)
-    actual = knn(train, test, CLASSES, config)
+    actual = knn(train, test, CLASSES, config).scores
     for i, asked in enumerate(test.pooled.double().numpy()):
         cosine = [
             float(asked @ known / np.linalg.norm(asked) / np.linalg.norm(known))
@@ -129,7 +129,7 @@ def test_nearest_neighbours_vote_as_counted_by_hand(k: int, monkeypatch: pytest.
 
 def test_a_low_temperature_overflows_nothing() -> None:
     train, test = in_every_token(40, 0), in_every_token(15, 1)
-    cold, nearest = (knn(train, test, CLASSES, ProbeConfig(k=k, temperature=1e-4)) for k in (10, 1))
+    cold, nearest = (knn(train, test, CLASSES, ProbeConfig(k=k, temperature=1e-4)).scores for k in (10, 1))
     torch.testing.assert_close(cold, nearest, atol=1e-3, rtol=0)
 
 
@@ -167,12 +167,12 @@ def test_heads_that_do_not_divide_the_width_give_way_to_the_next_fewer(dim: int,
 def test_attentive_probe_depends_on_its_seed_and_nothing_else() -> None:
     train, test = in_one_token(64, 0), in_one_token(10, 1)
     config = ProbeConfig(batch_size=24, epochs=2, num_heads=2)
-    first = attentive(train, test, CLASSES, config, 5)
+    first = attentive(train, test, CLASSES, config, 5).scores
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    assert torch.equal(attentive(train, test, CLASSES, config, 5), first)
+    assert torch.equal(attentive(train, test, CLASSES, config, 5).scores, first)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.allclose(attentive(train, test, CLASSES, config, 6), first, atol=1e-2)
+    assert not torch.allclose(attentive(train, test, CLASSES, config, 6).scores, first, atol=1e-2)
 
 
 def test_of_several_restarts_the_best_on_the_training_set_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_of_several_restarts_the_best_on_the_training_set_counts(monkeypatch: py
     for seed in range(2):
         made.clear()
         config = ProbeConfig(batch_size=16, epochs=16, learning_rate=1e-2, num_heads=2, restarts=3)
-        scores = attentive(train, test, CLASSES, config, seed)
+        scores = attentive(train, test, CLASSES, config, seed).scores
         with torch.no_grad():
             losses = [float(torch.nn.functional.cross_entropy(p(x.float()), train.labels)) for p in made]
             assert len(losses) == 3 and max(losses) > 1.2 * min(losses)
@@ -325,7 +325,7 @@ def test_tokens_beyond_the_limit_are_encoded_anew_with_the_same_result(
         monkeypatch.setattr(features, "TOKENS_LIMIT", limit)
         folder = tmp_path / str(limit)
         x, x_test = (extract(mae, videos, 10, folder, tokens=True) for videos in (train_set, test_set))
-        results.append(attentive(x, x_test, 15, config))
+        results.append(attentive(x, x_test, 15, config).scores)
     assert len(list(folder.glob("*-pooled.npy"))) == 2 and not list(folder.glob("*-tokens.npy"))
     # Twice three batches to cache; beyond the limit also one clip to know the width, three epochs and the test
     assert sum(encoded) == 60 + 60 + 1 + 3 * 30 + 30
