@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +24,18 @@ from experiments.config import dump_config, load_config
 from experiments.folder import LOCK, hold
 from experiments.grid import Cell, CompareConfig
 from experiments.metrics import heading, in_digits, shown
+from experiments.points import FILE as POINTS
+from experiments.reach import reaches, said
 from experiments.refusals import ConfigError
 from experiments.resume import is_finished
 from experiments.schema import RunConfig
 
-CURVE = "mask/random_mask_error"
+CURVES = {
+    "error": "mask/random_mask_error",
+    "motion_lift": "mask/motion_lift",
+    "effective_tokens": "mask/effective_tokens",
+}
+"""What is followed over training, and its column in metrics.csv; the first is there for every agent."""
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 POLL_SECONDS = 0.3
@@ -80,9 +87,11 @@ class Comparison:
         """Run what is not finished, several at a time, and return the cells that failed.
 
         Args:
-            minutes: start no run that is not likely to fit, and stop what is still running after that long.
+            minutes: stop what is still running after that long, to be gone on with, and before it start no run that is
+                not likely to fit, unless it is longer than that.
         """
-        deadline = time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
+        start = time.monotonic()
+        deadline = start + 60 * (float("inf") if minutes is None else minutes)
         waiting = [cell for cell, run in self.runs.items() if not self.finished(run)]
         running: dict[Cell, subprocess.Popen[bytes]] = {}
         failed: list[Cell] = []
@@ -90,7 +99,7 @@ class Comparison:
         try:
             while waiting or running:
                 now = time.monotonic()
-                while waiting and len(running) < self.config.processes and now + self._seconds(waiting[0]) <= deadline:
+                while waiting and len(running) < self.config.processes and self._fits(waiting[0], start, now, deadline):
                     cell = waiting.pop(0)
                     running[cell] = self._start(cell)
                 if now > deadline or not running:
@@ -145,6 +154,11 @@ class Comparison:
         lines = log.read_text(errors="replace").split("\n")
         return f"{next((line.strip() for line in reversed(lines) if line.strip()), 'no word')} ({log})"
 
+    def _fits(self, cell: Cell, start: float, now: float, deadline: float) -> bool:
+        """Whether to start a run: not if it would end in a later slice, unless it is longer than any."""
+        seconds = self._seconds(cell)
+        return now < deadline and (now + seconds <= deadline or seconds > deadline - start)
+
     def _seconds(self, cell: Cell) -> float:
         """How long that run is likely to take: as long as the longest but for the seed so far; 0 if none has ended."""
         runs = [run for other, run in self.runs.items() if other[:3] == cell[:3] and self.finished(run)]
@@ -155,20 +169,30 @@ class Comparison:
         return run.steps * run.batch_size
 
     def _clips_seen(self, cell: Cell) -> int:
-        curve = self.curve(cell)
-        return int(curve[0][-1]) if len(curve[0]) else 0
+        clips = self.curve(cell)["clips"]
+        return int(clips[-1]) if len(clips) else 0
 
-    def curve(self, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-        """(clips seen, the MAE's error under uniform random masks) as they were logged."""
+    def curve(self, cell: Cell) -> dict[str, np.ndarray]:
+        """Clips seen and, of ``CURVES``, what was logged: each [L]."""
         run = self.runs[cell]
         path = self._path(run) / "metrics.csv"
         if not path.is_file():
-            return np.zeros(0), np.zeros(0)
+            return {"clips": np.zeros(0)}
         with path.open() as file:
             # A row that is still being written is short, which DictReader fills with None
-            rows = [row for row in csv.DictReader(file) if None not in row.values() and row.get(CURVE)]
-        clips = np.array([float(row["time/total_timesteps"]) / run.rounds for row in rows])
-        return clips, np.array([float(row[CURVE]) for row in rows])
+            rows = [row for row in csv.DictReader(file) if None not in row.values() and row.get(CURVES["error"])]
+        found = {"clips": np.array([float(row["time/total_timesteps"]) / run.rounds for row in rows])}
+        there = {name: column for name, column in CURVES.items() if rows and rows[0].get(column)}
+        return found | {name: np.array([float(row[column]) for row in rows]) for name, column in there.items()}
+
+    def points(self, cell: Cell) -> dict[str, np.ndarray]:
+        """What the run's points.csv says, each [M]; nothing if it has none."""
+        path = self._path(self.runs[cell]) / POINTS
+        if not path.is_file():
+            return {}
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
     def summary(self, run: RunConfig) -> dict[str, Any]:
         """What a finished run left in its summary.json."""
@@ -198,12 +222,14 @@ class Comparison:
         _write_csv(self.folder / "table.csv", [statistic._asdict() for statistic in statistics])
         (self.folder / "table.md").write_text(markdown(statistics), encoding="utf-8")
         curves = {cell: self.curve(cell) for cell in results}
-        points = [
-            {**cell._asdict(), "clips": int(clips), "error": error}
-            for cell, curve in curves.items() for clips, error in zip(*curve, strict=True)
-        ]  # fmt: skip
-        _write_csv(self.folder / "curves.csv", points)
-        plot_comparison(self.folder, statistics, curves)
+        _write_csv(self.folder / "curves.csv", _rows(curves))
+        points = {cell: columns for cell in results if (columns := self.points(cell))}
+        if points:
+            _write_csv(self.folder / POINTS, _rows(points))
+            found = reaches(points)
+            _write_csv(self.folder / "reach.csv", [reach._asdict() for reach in found])
+            (self.folder / "reach.md").write_text(said(found), encoding="utf-8")
+        plot_comparison(self.folder, statistics, curves, points)
         return statistics
 
 
@@ -311,6 +337,14 @@ def markdown(statistics: Sequence[Statistic]) -> str:
         lines = [headings, ["---"] * len(headings), *rows]
         texts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(texts)
+
+
+def _rows(columns: Mapping[Cell, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """A row for each of a cell's positions."""
+    return [
+        {**cell._asdict(), **dict(zip(found, (x.item() for x in row), strict=True))}
+        for cell, found in columns.items() for row in zip(*found.values(), strict=True)
+    ]  # fmt: skip
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

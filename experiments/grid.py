@@ -123,7 +123,7 @@ def compare_usage() -> str:
         f"\n{CompareConfig.__doc__}\n",
         f"GRID is a YAML file or one that comes with the package: {', '.join(packaged_configs('compare'))}.",
         "Runs that are finished are not done again, so the same command goes on where the last one stopped.\n",
-        "  --minutes M      stop after that long; runs that would not fit are not started",
+        "  --minutes M      stop after that long; the same command goes on with what was stopped",
     ]
     for name, field in CompareConfig.model_fields.items():
         lines.append(f"  --{name.replace('_', '-') + ' ...':14} {field.description}")

@@ -35,7 +35,7 @@ GRID = {
         "steps": 6,
         "log_interval": 2,
         "clip": {"size": 16},
-        "evaluate": {"num_videos": 15, "clips": 16, "pictures": False},
+        "evaluate": {"num_videos": 15, "clips": 16, "pictures": False, "points": [0.5]},
     },
     "agents": {
         "random": {"class": "random"},
@@ -99,12 +99,20 @@ def test_grid_leaves_tables_and_plots_with_every_seed(finished: tuple[Path, str]
     table = (out / "table.md").read_text()
     assert table.count("\n") == 2 + 3 and "| mine | 0.9 |" in table and "±" in table
     assert "grid" in printed and "[6/6]" in printed and "too narrow" in printed
-    for name in ("error.png", "linear.png", "motion_lift.png"):
+    drawn = "linear.png", "motion_lift.png", "linear_by_clips.png", "linear_by_seconds.png", "motion_lift_by_clips.png"
+    for name in ("error.png", *drawn):
         assert np.asarray(Image.open(out / name).convert("L")).std() > 5
     curve = list(csv.DictReader((out / "cells" / "rounds-0.9-0" / "metrics.csv").open()))
     assert [row["time/total_timesteps"] for row in curve] == ["24", "48", "72"]
-    points = [row for row in csv.DictReader((out / "curves.csv").open()) if row["agent"] == "rounds"]
-    assert [row["clips"] for row in points] == ["8", "16", "24"] * 2  # a clip counts once, however many the rounds
+    followed = [row for row in csv.DictReader((out / "curves.csv").open()) if row["agent"] == "rounds"]
+    # A clip counts once, however many the rounds
+    assert [float(row["clips"]) for row in followed] == [8, 16, 24] * 2
+    assert all(float(row["motion_lift"]) > 0 for row in followed)
+    points = list(csv.DictReader((out / "points.csv").open()))
+    assert [float(row["clips"]) for row in points] == [12, 24] * 6
+    last = {(row["agent"], row["seed"]): float(row["linear_top1"]) for row in points}
+    assert last == {(row["agent"], row["seed"]): float(row["linear_top1"]) for row in cells}
+    assert "| linear_top1 | motion | 0.9 | mine |" in (out / "reach.md").read_text()
 
 
 def test_agent_of_ones_own_in_the_current_folder_got_its_settings_and_acted(finished: tuple[Path, str]) -> None:
