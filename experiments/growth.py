@@ -34,6 +34,8 @@ GROWTH: dict[str, list[tuple[str, list[str]]]] = {
     "pixels": [(str(p), ["--batch-size", "64", "--clip.size", str(p)]) for p in (224, 384)],
     "model": [(m, ["--batch-size", "64", "--mae.size", m]) for m in ("small", "base", "large")],
 }
+MASKING = ("0.75", "random"), ("0.9", "random"), ("0.95", "random"), ("0.95", "ppo")
+"""Mask ratios and samplers whose memory is compared: a standard MAE's, and ours."""
 
 
 class Predicted(NamedTuple):
@@ -154,6 +156,14 @@ def report() -> Iterator[str]:
         time, memory = (exponent(x, y) for y in ([s.seconds for s in found], [s.peak_bytes for s in found]))
         rows.append([what, f"exponent in {by}", "", "", f"{time:.2f}", "", f"{memory:.2f}"])
     yield from _table(*rows)
+    masking: list[list[object]] = [["share hidden", "agent", "small, GiB", "clips/s", "base, GiB", "clips/s"]]
+    for hidden, agent in MASKING:
+        masking.append([hidden, agent])
+        for model in ("small", "base"):
+            asked = ["--mae.size", model, "--mask-ratio", hidden, "--agent.class", agent, "--batch-size", "64"]
+            masked = predicted(load_config(RECIPE, asked))
+            masking[-1] += [f"{masked.peak_bytes / 2**30:.1f}", f"{64 / masked.seconds:.0f}"]
+    yield from _table(*masking)
     step = steps["256", "1.0"]
     gpus, published = PUBLISHED
     yield from _table(
