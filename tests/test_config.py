@@ -71,7 +71,7 @@ def leaves(tree: dict[str, object], prefix: str = "") -> list[str]:
         ("mae: {learning_rte: 1}", "mae.learning_rte: unknown key; did you mean mae.learning_rate?"),
         ("learning_rate: 1", "did you mean mae.learning_rate or agent.learning_rate or probe."),
         ("agent.clip_range: 0.1", "agent.clip_range: unknown key; write it as a mapping, agent: {clip_range: ...}"),
-        ("evaluate: {xyz: 1}", "evaluate.xyz: unknown key; there are num_videos, clips, tasks, data, baseline"),
+        ("evaluate: {xyz: 1}", "evaluate.xyz: unknown key; there are num_videos, seed, clips, tasks, data, points"),
         ("1: 2", "1: unknown key; there are name, seed"),
     ],
 )
