@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import torch
-import torch._inductor.config
 
 
 def make_deterministic() -> None:
@@ -14,9 +13,11 @@ def make_deterministic() -> None:
     Where it has none, as for an operation of a policy of one's own, torch warns and names it: that a run might not
     repeat is no reason to refuse it.
     """
+    from torch._inductor import config  # here, for it takes a second
+
     # Read by cuBLAS when it starts: workspaces that streams don't share
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
     # Whether torch.compile pads a matrix product goes by what it timed, and sums differ with it
-    torch._inductor.config.shape_padding = False
+    config.shape_padding = False

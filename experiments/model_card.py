@@ -15,6 +15,7 @@ import torch
 from experiments.config import load_config, to_values
 from experiments.downstream import FOLDER as DOWNSTREAM
 from experiments.downstream import top1_figures
+from experiments.folder import stored
 from experiments.metrics import METRICS, heading, in_digits, shown
 from experiments.refusals import items
 from experiments.run import SHORT, TRAINED
@@ -65,9 +66,9 @@ def model_card(
     code = "\n\n".join(f"```python\n{block}```" for block in contents.code)
     checks = "".join(f"\n- {check}" for check in contents.checks) + "\n" * bool(contents.checks)
     of_run = ", the baseline of the run below, under uniform random masks" if baseline else ""
-    summary = _json(home / "summary.json") if pretrained else {"fine-tuned": _fine_tuned(folder, config)}
+    summary = stored(home / "summary.json") if pretrained else {"fine-tuned": _fine_tuned(folder, config)}
     again = "tats run" if pretrained else "tats finetune"
-    trained = _json(folder / TRAINED)
+    trained = stored(folder / TRAINED)
     clips = config.steps * config.batch_size if trained else _clips_logged(folder / "metrics.csv", config.rounds)
     versions = ", ".join(f"{name} {value}" for name, value in summary.get("versions", {}).items())
     return f"""---
@@ -216,7 +217,7 @@ def _limits(config: RunConfig, summary: Mapping[str, Any], clips: int | None, pr
 
 def _fine_tuned(folder: Path, config: RunConfig) -> dict[str, Any]:
     """Accuracies by data set, under the names that they have in summary.json."""
-    found = {path.parts[-3]: _json(path) for path in (folder / DOWNSTREAM).glob("*/finetune/finetune.json")}
+    found = {path.parts[-3]: stored(path) for path in (folder / DOWNSTREAM).glob("*/finetune/finetune.json")}
     return top1_figures({data: {"finetune": scores} for data, scores in found.items()}, config)
 
 
@@ -227,14 +228,6 @@ def _clips_logged(path: Path, rounds: int) -> int | None:
             steps = [row.get("time/total_timesteps") for row in csv.DictReader(file)]
         return int(float(steps[-1] or "")) // rounds if steps else None
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """What a file of the run holds; nothing if it is not there, or was cut off."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text("utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _cell(text: str) -> str:

@@ -39,7 +39,7 @@ class Points(Hook):
     """
 
     def __init__(self, config: RunConfig, folder: Path, mae: MAELearner, log: LogHook, done: int) -> None:
-        self.steps = [round(share * config.steps) for share in config.evaluate.points]
+        self.steps = [max(1, round(share * config.steps)) for share in config.evaluate.points]
         self.config, self.folder, self.mae, self.log, self.done = config, folder, mae, log, done
 
     def on_update_end(self, agent: Any) -> None:
@@ -72,14 +72,15 @@ def probe_points(
     tasks = [task for task in config.evaluate.tasks if task in PROBES]
     config = config.model_copy(update={"probe": config.probe.model_copy(update={"keep_features": False})})
     found: dict[int, dict[str, Any]] = {}
-    for where in (folder / FOLDER).iterdir():
+    for weights in folder.glob(f"{FOLDER}/*/{MAE_FILE}"):
+        where = weights.parent
         if not (scores := stored(where / SCORES)):
-            mae = load_mae(where / MAE_FILE, config, str(where), device=config.device, compile=config.compile)
+            mae = load_mae(weights, config, str(where), device=config.device, compile=config.compile)
             scores = top1_figures(downstream(config, tasks, mae, None, videos, where, console), config)
             with whole(where / SCORES) as partial:
                 partial.write_text(json.dumps(scores) + "\n")
         found[int(where.name)] = scores
-    names = next(iter(found.values()), {}).keys()
+    names = [name for name in end if name.partition("_top1")[0] in tasks]
     found[config.steps * config.batch_size] = {name: end.get(name) for name in names}
     seconds = _seconds(folder / "metrics.csv", config)
     with whole(folder / FILE) as partial, partial.open("w", newline="") as file:

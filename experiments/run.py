@@ -111,8 +111,12 @@ class Run:
             return
         self.test_set = self.videos(config.data, "validation")
         for data in config.evaluate.data if config.evaluate.tasks else ():
-            for split, count in (("train", config.num_videos), ("validation", config.evaluate.num_videos)):
-                list_videos(data, split, count, progress=True)
+            evaluate = config.evaluate
+            for split, count, seed in (
+                ("train", config.num_videos, 0),
+                ("validation", evaluate.num_videos, evaluate.seed),
+            ):
+                list_videos(data, split, count, seed, progress=True)
         self._first = self._make(config.agent.class_)
         if resumed is None:
             self.folder = new_folder(Path(config.out), config.name)

@@ -26,6 +26,7 @@ sys.exit(main(sys.argv[1:]))
 """
 TOLD = """
 import torch
+import torch._inductor.config
 import experiments.run
 from experiments.schema import RunConfig
 

@@ -88,6 +88,15 @@ def test_points_come_at_the_first_update_past_their_share(
     assert sorted(path.parent.name for path in folder.glob("points/*/mae.safetensors")) == clips
 
 
+def test_a_point_before_the_first_step_is_after_it_and_without_one_the_end_is_told_all_the_same(tmp_path: Path) -> None:
+    changes = {"out": str(tmp_path), "evaluate": SMALL["evaluate"] | {"tasks": ["linear"], "points": [0.001]}}
+    # This agent's rollouts are as long as the training
+    for agent, clips in (({"class": "random"}, ["4", "32"]), ({"n_steps": 8, "width": 16, "num_heads": 2}, ["32"])):
+        assert run(parse_config(SMALL | changes | {"agent": agent, "name": f"to-{clips[0]}"}, "test")) == 0
+        rows = list(csv.DictReader((tmp_path / f"to-{clips[0]}" / "points.csv").open()))
+        assert [row["clips"] for row in rows] == clips and all(row["linear_top1"] for row in rows)
+
+
 def test_a_training_that_is_gone_on_with_keeps_the_points_that_an_unbroken_one_does(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole").folder
     this = Run(parse_config(SMALL | {"out": str(tmp_path), "checkpoint_minutes": 0.0}, "test"), Console(quiet=True))
