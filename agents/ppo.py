@@ -48,6 +48,7 @@ class PPO(Resumable):
         learning_rate: AdamW's, on a cosine to 10 % over ``learn``.
         n_steps: steps of the environment in a rollout.
         n_epochs: passes over a rollout.
+        update_every: rollouts from one update to the next; those between act only, which spares their gradients.
         n_minibatches: parts of a rollout, one update each.
         clip_range: of the probability ratio.
         ent_coef: weight of the Plackett-Luce entropy for each pick.
@@ -85,6 +86,7 @@ class PPO(Resumable):
         learning_rate: float = 2e-3,
         n_steps: int = 1,
         n_epochs: int = 2,
+        update_every: int = 1,
         n_minibatches: int = 1,
         clip_range: float = 0.2,
         ent_coef: float = 0.1,
@@ -108,10 +110,11 @@ class PPO(Resumable):
             raise ValueError(f"credit {credit!r} is unknown; give one of {', '.join(CREDITS)}")
         if form not in FORMS:
             raise ValueError(f"form {form!r} is unknown; give one of {', '.join(FORMS)}")
-        if min(n_steps, n_epochs, n_minibatches) < 1:
-            raise ValueError("n_steps, n_epochs and n_minibatches must each be at least 1")
+        if min(n_steps, n_epochs, update_every, n_minibatches) < 1:
+            raise ValueError("n_steps, n_epochs, update_every and n_minibatches must each be at least 1")
         self.env: Any = None if env is None else open_env(env)
         self.n_steps, self.n_epochs, self.n_minibatches, self.clip_range = n_steps, n_epochs, n_minibatches, clip_range
+        self.update_every, self._due = update_every, True
         self.ent_coef, self.entropy_floor, self.vf_coef = ent_coef, entropy_floor, vf_coef
         self.gamma, self.gae_lambda, self.target_kl = gamma, gae_lambda, target_kl
         self.normalize_advantage, self.credit, self.form, self.power = normalize_advantage, credit, form, power
@@ -173,10 +176,12 @@ class PPO(Resumable):
         if iteration:
             schedule.step_update(iteration)
         while self.num_timesteps < end:
+            self._due = iteration % self.update_every == 0
             rollout, observation = self._collect(observation, hooks)
             for hook in hooks:
                 hook.on_rollout_end(self)
-            self._train(rollout)
+            if self._due:
+                self._train(rollout)
             del rollout  # not to be kept through the next one's forward and backward passes
             iteration += 1
             schedule.step_update(iteration)
@@ -236,8 +241,8 @@ class PPO(Resumable):
 
     @property
     def _reuses(self) -> bool:
-        """Whether an update's first forward pass is, exactly, the one that drew: then it is not made again."""
-        return self.n_steps == self.n_minibatches == 1 and self.micro_batch_size is None
+        """Whether a coming update's first forward pass is, exactly, the one that drew: then it is not made again."""
+        return self._due and self.n_steps == self.n_minibatches == 1 and self.micro_batch_size is None
 
     @torch.no_grad()
     def _collect(self, observation: Tensor, hooks: list[Hook]) -> tuple[Rollout, Tensor]:

@@ -76,7 +76,8 @@ def seconds(*counts: Counts) -> float:
 class Step:
     """One step of a run on ``meta``: the joint step of our PPO and the MAE or, under any other agent, the MAE's alone.
 
-    The MAE learns from each batch of clips, even where ``mae.update_every`` would have it skip some.
+    Both learn from each batch of clips, even where ``mae.update_every`` or ``agent.update_every`` would have them skip
+    some.
 
     Attributes:
         mae: the learner.

@@ -119,6 +119,8 @@ class AgentConfig(Section):
     """Environment steps in a rollout."""
     n_epochs: PositiveInt = 2
     """Passes over a rollout in an update."""
+    update_every: PositiveInt = 1
+    """Rollouts from one update of the sampler to the next; those between are not learned from, and cost less."""
     n_minibatches: PositiveInt = 1
     """Equal parts into which a rollout of n_steps * batch_size clips is cut."""
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 0.2

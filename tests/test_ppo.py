@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,21 @@ def test_hooks_are_called_in_order_and_the_mae_is_updated_every_k_steps() -> Non
     PPO(env, n_steps=3, policy_kwargs=SMALL).learn(2 * 3 * 2, [recorder, MAEUpdateHook(every=2)])
     assert recorder.calls == ["step", "step", "step", "rollout", "update"] * 2
     assert env.mae.num_updates == 3
+
+
+def test_the_sampler_learns_from_every_kth_rollout_only() -> None:
+    agent = PPO(make_env(2), n_steps=2, n_epochs=2, update_every=3, policy_kwargs=SMALL)
+    weights: list[torch.Tensor] = []
+
+    class Keep(Hook):
+        def on_update_end(self, agent: PPO) -> None:
+            weights.append(torch.cat([p.detach().flatten() for p in agent.policy.parameters()]))
+
+    agent.learn(2 * 2 * 7, [Keep(), MAEUpdateHook()])
+    moved = [not torch.equal(a, b) for a, b in pairwise(weights)]
+    assert moved == [False, False, True, False, False, True]
+    assert agent.num_updates == 3 * 2
+    assert agent.env.mae.num_updates == 14
 
 
 def test_random_masks_call_the_same_hooks() -> None:
@@ -299,6 +315,8 @@ def test_impossible_settings_are_refused_with_a_sentence() -> None:
         PPO(env, n_minibatches=3).learn(4)
     with pytest.raises(ValueError, match="at least 1"):
         PPO(env, n_epochs=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        PPO(env, update_every=0)
     with pytest.raises(TypeError, match="output='torch'"):
         PPO(TATSMaskingVectorEnv(2, device="cpu"))
     with pytest.raises(ValueError, match="give env= or policy="):

@@ -55,7 +55,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 CLIP = {"credit": "clip", "n_steps": 2, "n_minibatches": 2, "gamma": 0.9, "width": 16, "num_heads": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "a token's credit": {},
+    "a token's credit": {"agent": {**SMALL["agent"], "update_every": 3}},
     "a clip's credit, several clips an episode": {"agent": CLIP, "horizon": 3},
     "in rounds, of which updates and lines know nothing": {"agent": {"class": "told:Told"}, "rounds": 4},
     "a frozen MAE": {"mae": {"frozen": True}},
