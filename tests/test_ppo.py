@@ -121,19 +121,27 @@ def test_hooks_are_called_in_order_and_the_mae_is_updated_every_k_steps() -> Non
     assert env.mae.num_updates == 3
 
 
-def test_the_sampler_learns_from_every_kth_rollout_only() -> None:
-    agent = PPO(make_env(2), n_steps=2, n_epochs=2, update_every=3, policy_kwargs=SMALL)
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_the_sampler_learns_from_every_kth_rollout_only(n_steps: int) -> None:
+    agent = PPO(make_env(2), n_steps=n_steps, n_epochs=2, update_every=3, policy_kwargs=SMALL)
     weights: list[torch.Tensor] = []
+    graphs: list[bool] = []
 
     class Keep(Hook):
+        def on_rollout_end(self, agent: PPO) -> None:
+            assert agent._drawn is not None
+            graphs.append(agent._drawn[0].requires_grad)
+
         def on_update_end(self, agent: PPO) -> None:
             weights.append(torch.cat([p.detach().flatten() for p in agent.policy.parameters()]))
 
-    agent.learn(2 * 2 * 7, [Keep(), MAEUpdateHook()])
+    agent.learn(2 * n_steps * 7, [Keep(), MAEUpdateHook()])
+    # A rollout of one step is drawn by the update's own forward pass, with a graph, which the others do without
+    assert graphs == [n_steps == 1 and i % 3 == 0 for i in range(7)]
     moved = [not torch.equal(a, b) for a, b in pairwise(weights)]
     assert moved == [False, False, True, False, False, True]
     assert agent.num_updates == 3 * 2
-    assert agent.env.mae.num_updates == 14
+    assert agent.env.mae.num_updates == n_steps * 7
 
 
 def test_random_masks_call_the_same_hooks() -> None:
