@@ -104,7 +104,17 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, T', S, D] -> logits [B, C]."""
-        return self.head(self.norm(self.pool(self.input_norm(tokens.flatten(1, 2)))))
+        pool, dim = self.pool, tokens.shape[-1]
+        # As timm's, in another order: with a single query, keys and values are projected once for all tokens rather
+        # than each token's, and no gradient goes through the tokens
+        x = F.layer_norm(tokens.flatten(1, 2), (dim,))
+        key, value = pool.kv.weight.unflatten(0, (2, pool.num_heads, -1))
+        query = pool.q(pool.latent[0, 0]).unflatten(0, (pool.num_heads, -1))
+        asked = torch.einsum("hk,hkd->hd", query, key) * self.input_norm.weight * pool.scale
+        share = (x @ asked.T).softmax(1)
+        seen = (share.mT @ x) * self.input_norm.weight + self.input_norm.bias
+        y = pool.proj(torch.einsum("bhd,hkd->bhk", seen, value).flatten(1) + pool.kv.bias[dim:])
+        return self.head(self.norm(y + pool.mlp(pool.norm(y))))
 
 
 def attentive(
