@@ -72,8 +72,8 @@ class LoaderConfig(Section):
 class MAEConfig(Section):
     """The masked autoencoder and its training."""
 
-    size: Literal["tiny", "small", "base", "large"] = "tiny"
-    """Network size: tiny is for CPUs, base is VideoMAE's ViT-B."""
+    size: Literal["tiny", "mini", "small", "base", "large"] = "tiny"
+    """Network size: tiny is for CPUs, mini for small clips, base is VideoMAE's ViT-B."""
     init: str | None = None
     """Start from a run's mae.safetensors, hf:/folder or pth:/file.pth of VideoMAE, sizes too; None is from scratch."""
     frozen: bool = False

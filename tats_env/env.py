@@ -84,7 +84,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     | `mask_ratio` | `0.9` | share of hidden tokens |
     | `num_frames`, `frame_stride`, `size` | `16`, `1`, `32` | frames of a clip, video frames from one to the next, pixels a side |
     | `tubelet_size`, `patch_size` | `2`, `8` | frames and pixels of a token |
-    | `mae` | `"tiny"` | a size (`tiny`, `small`, `base`, `large`), a checkpoint's path, `hf:/folder` for a Hugging Face VideoMAE on disk, `pth:/file.pth` for one as VideoMAE or AdaMAE were released, or a live `MAELearner` |
+    | `mae` | `"tiny"` | a size (`tiny`, `mini`, `small`, `base`, `large`), a checkpoint's path, `hf:/folder` for a Hugging Face VideoMAE on disk, `pth:/file.pth` for one as VideoMAE or AdaMAE were released, or a live `MAELearner` |
     | `mae_seed` | `0` | of the MAE's initial weights |
     | `reward` | `"surprise"` | see above |
     | `observation` | `"tokens"` | or `pixels`, or `foreground` (rendered sets, for oracles only) |

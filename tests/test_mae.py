@@ -269,7 +269,7 @@ def test_a_learning_rate_is_absolute_and_a_base_one_counts_256_clips(
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="not both"):
         make(learning_rate=1e-3, base_learning_rate=1e-3)
-    with pytest.raises(ValueError, match="'huge' is unknown; give one of tiny, small, base, large"):
+    with pytest.raises(ValueError, match="'huge' is unknown; give one of tiny, mini, small, base, large"):
         make(size="huge")
 
 

@@ -192,6 +192,7 @@ def test_a_size_that_cannot_be_built_is_refused(changes: dict[str, Any], message
         replace(SMALLEST, **changes)
 
 
-def test_the_tiny_size_has_about_half_a_million_parameters_in_the_default_environment() -> None:
-    model = VideoMAE(TokenGrid(16, 32, 32, 2, 8), SIZES["tiny"])
-    assert sum(x.numel() for x in model.parameters()) == pytest.approx(0.5e6, rel=0.1)
+@pytest.mark.parametrize(("size", "millions"), [("tiny", 0.5), ("mini", 3)])
+def test_a_small_size_has_about_so_many_parameters_in_the_default_environment(size: str, millions: float) -> None:
+    model = VideoMAE(TokenGrid(16, 32, 32, 2, 8), SIZES[size])
+    assert sum(x.numel() for x in model.parameters()) == pytest.approx(millions * 1e6, rel=0.1)
