@@ -122,7 +122,7 @@ def test_a_wrong_type_is_refused_with_what_was_given_and_what_is_expected(tmp_pa
         ("agent: {target_kl: 0}", "agent.target_kl: 0 is not above 0; the default is 0.05"),
         ("agent: {entropy_floor: 0.5}", "agent.entropy_floor: 0.5 is below 1; the default is null"),
         ("agent: {credit: token_moton}", "agent.credit: 'token_moton' is unknown; give 'clip', 'pick_surprise',"),
-        ("mae: {size: bse}", "mae.size: 'bse' is unknown; give 'tiny', 'mini', 'small', 'base' or 'large'; did you mean base?"),
+        ("mae: {size: bse}", "mae.size: 'bse' is unknown; give 'tiny', 'mini', 'small', 'base' or 'large'; did you"),
         ("device: gpu", "device: 'gpu' is unknown; give auto, cpu, cuda or cuda:N, such as cuda:0"),
         ("name: ../elsewhere", "name: '../elsewhere' is unknown; give a folder's name, of letters, digits"),
         ("reward: reconstruction_eror", "reward: 'reconstruction_eror' is unknown; give one of surprise,"),
