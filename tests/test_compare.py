@@ -6,6 +6,8 @@ import csv
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -280,6 +282,9 @@ def test_a_packaged_grid_holds_and_begins_with_its_command(name: str) -> None:
     grid, _ = load_grid(name)
     assert grid.name == name and len(grid.seeds) >= 3 and "random" in grid.agents
     assert f"\n#   tats compare {name}\n" in text
+    comment = text.split("\n\n")[0].replace(" \\\n#    ", "")
+    overrides = re.findall(rf"^#   tats compare {name} (--.+)$", comment, re.MULTILINE)
+    assert overrides and all(load_grid(name, shlex.split(each))[0] != grid for each in overrides)
 
 
 def test_compare_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
