@@ -51,7 +51,8 @@ def plot_comparison(
 
     Args:
         folder: where to: error.png and the like against clips seen, attentive_by_clips.png and attentive_by_seconds.png
-            and the like where there are points, motion_lift.png and the like against the mask ratio.
+            and the like where there are points (of agents without, a line at their end's value), motion_lift.png and
+            the like against the mask ratio.
         statistics: of ``summarise``.
         curves: of each run, columns by name, clips among them.
         points: of each run, columns by name, clips and seconds among them.
@@ -76,6 +77,10 @@ def plot_comparison(
             for agent in agents:
                 runs = [run for cell, run in known.items() if cell[:3] == (agent, *place)]
                 if not runs:
+                    # Such as an encoder that is not trained: a floor below the others
+                    end = [s.mean for s in statistics if s[:4] == (agent, *place, metric)] if series is points else []
+                    for value in end:
+                        axes.axhline(value, label=agent, **style[agent] | {"linestyle": "-."})
                     continue
                 length = min(len(x) for x, _ in runs)
                 x, y = (np.stack([run[i][:length] for run in runs]) for i in (0, 1))

@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from matplotlib.axes import Axes
 from PIL import Image
 
 from experiments import cli
 from experiments.compare import interval, markdown, summarise
 from experiments.grid import Cell, load_grid
+from experiments.plots import plot_comparison
 from experiments.refusals import ConfigError
 from experiments.yaml_files import packaged_configs
 
@@ -293,3 +295,16 @@ def test_compare_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None
     assert all(word in said for word in ("--minutes", "--mask-ratios", "--agents", "compare_quick"))
     assert cli.main(["compare"]) == 2
     assert "a grid comes first" in capsys.readouterr().err
+
+
+def test_an_agent_without_points_is_drawn_as_a_line_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[float] = []
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: lines.append(y))
+    results: dict[Cell, dict[str, float | None]] = {
+        Cell("random", "motion", 0.9, 0): {"linear_top1": 0.2},
+        Cell("untrained", "motion", 0.9, 0): {"linear_top1": 0.1},
+        Cell("untrained", "motion", 0.9, 1): {"linear_top1": 0.12},
+    }
+    columns = {"clips": np.array([10.0, 20.0]), "seconds": np.array([1.0, 2.0]), "linear_top1": np.array([0.15, 0.2])}
+    plot_comparison(tmp_path, summarise(results), {}, {Cell("random", "motion", 0.9, 0): columns})
+    assert lines == [pytest.approx(0.11)] * 2 and (tmp_path / "linear_by_seconds.png").is_file()
