@@ -53,7 +53,7 @@ class GrowthConfig(Section):
     """Clips in a step while tokens or the model vary."""
     clips: list[ClipSizeConfig] = Field(default=[])
     """Sizes of clips, for the growth with tokens."""
-    models: list[Literal["tiny", "mini", "small", "base", "large"]] = Field(default=[])
+    models: list[Literal["tiny", "small", "base", "large"]] = Field(default=[])
     """Sizes of the MAE."""
 
 

@@ -1,4 +1,4 @@
-"""STUDY.md's table of the field against the results it was made from, as ``tats compare study`` wrote them."""
+"""STUDY.md's table of the field against the results of the runs that it was made from."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ SIZES = {
     # For CPUs: about 0.5 M parameters, tuned at 32 clips of 128 tokens. With positions by flat index its loss stays on
     # the plateau of a constant prediction (0.99) for 600 updates; with separable ones it has left it after 300.
     "tiny": MAESize(96, 4, 3, 48, 1, 3, learning_rate=1.5e-3, separable_positions=True),
-    # For small clips, where features form in hours of a CPU core or minutes of a GPU: about 3 M parameters.
+    # For small clips: about 3 M parameters.
     "mini": MAESize(192, 6, 3, 96, 2, 3, learning_rate=1e-3, separable_positions=True),
     # The decoder's last epsilon is transformers' rather than the released 1e-6: so they can be written for it exactly.
     "small": MAESize(384, 12, 6, 192, 4, 3, decoder_norm_eps=1e-5),
