@@ -18,6 +18,7 @@ _NEEDED = {
     "mae.frozen": False,
     "mae.update_every": 1,
     "agent.n_steps": 1,
+    "agent.update_every": 1,
     "rounds": 1,
     "micro_batch_size": None,
 }

@@ -355,9 +355,8 @@ def test_a_packaged_bench_holds_and_begins_with_its_command(name: str) -> None:
 def test_packaged_benches_measure_what_is_shipped_and_all_that_goals_need(name: str, recipe: str, place: str) -> None:
     config, run = load_bench(name)
     shipped = load_config(recipe)
-    assert (run.agent, run.mae, run.mask_ratio, run.steps) == (
-        shipped.agent, shipped.mae, shipped.mask_ratio, shipped.steps
-    )  # fmt: skip
+    agent = shipped.agent.model_copy(update={"update_every": 1})  # what a step costs that the sampler learns from
+    assert (run.agent, run.mae, run.mask_ratio, run.steps) == (agent, shipped.mae, shipped.mask_ratio, shipped.steps)
     assert run.clip.model_copy(update={"augment": shipped.clip.augment}) == shipped.clip
     assert (run.compile, run.reward) == (shipped.compile, shipped.reward)
     assert shipped.batch_size in config.batches
