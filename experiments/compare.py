@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from scipy.stats import bootstrap
 
+from experiments.checkpoints import Termination
 from experiments.config import dump_config, load_config
 from experiments.folder import LOCK, hold
 from experiments.grid import Cell, CompareConfig
@@ -391,7 +392,11 @@ def _name(cell: Cell) -> str:
 
 
 def compare(config: CompareConfig, minutes: float | None = None) -> int:
-    """Carry out a comparison, or go on with it; returns the exit code: 1 if a run failed, 130 after Ctrl-C."""
+    """Carry out a comparison, or go on with it; returns the exit code: 1 if a run failed, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with 143, after SIGTERM: the runs in progress have left their checkpoints.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -399,7 +404,8 @@ def compare(config: CompareConfig, minutes: float | None = None) -> int:
     console.print(f"Comparison folder: {this.folder}, {len(this.runs)} runs", soft_wrap=True)
     code, failed = 0, []
     try:
-        failed = this.carry_out(minutes)
+        with Termination():
+            failed = this.carry_out(minutes)
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on with the runs that are not finished.")
         code = 130

@@ -167,7 +167,8 @@ def test_a_comparison_that_was_killed_goes_on_where_it_stopped(folder: Path) -> 
     assert all(path.read_bytes() == content for path, content in survivors.items())
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(folder: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(folder: Path, end: signal.Signals) -> None:
     options = ("--seeds", "[0]", "--processes", "1", "--run.steps", "4000", "--run.checkpoint_minutes", "0")
     process = subprocess.Popen(
         command(*options), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
@@ -176,8 +177,12 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(folder: Path) -> Non
     deadline = time.monotonic() + 120
     while not list(cells.glob("random-*/checkpoints/step-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if end == signal.SIGTERM:  # the comparison stops its runs
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    else:
+        os.killpg(process.pid, end)
+        process.wait()
     (stopped,) = cells.glob("random-*/checkpoints")
     log = stopped.parent.with_suffix(f"{stopped.parent.suffix}.log")
     process = subprocess.Popen(
