@@ -33,7 +33,8 @@ class Agent(Protocol):
     ``output="torch"`` and the settings are what else the configuration's ``agent`` holds. A class may say more about
     itself by attributes, all optional:
 
-    - ``observation``: ``"tokens"`` (the default), ``"pixels"`` or, for oracles, ``"foreground"``: what it wants to see;
+    - ``observation``: ``"tokens"`` (the default), ``"pixels"``, ``"nothing"`` or, for oracles, ``"foreground"``: what
+      it wants to see;
     - ``suffix``: how the name of the file that ``save`` writes should end, such as ``".json"``;
     - ``logits(observation)``: a method -> [B, N], for the heat map;
     - ``metrics()``: a method -> numbers for a log line, that raises if learning broke down;

@@ -17,7 +17,9 @@ from tats_env.grid import hidden_tokens
 
 
 class RandomMask(Stepwise):
-    """Uniform random masks: the baseline of every comparison."""
+    """Uniform random masks: the baseline of every comparison. They don't look, and so don't pay for an observation."""
+
+    observation: ClassVar[str] = "nothing"
 
     def scores(self, observation: Tensor, deterministic: bool) -> Tensor:
         """Uniform draws; there is no other mode."""

@@ -144,7 +144,7 @@ class PolicySampler:
     def __init__(self, agent: Agent, mae: MAELearner) -> None:
         self.agent, self.mae = agent, mae
         self.observation = getattr(agent, "observation", "tokens")
-        if self.observation not in ("tokens", "pixels"):
+        if self.observation == "foreground":
             raise ValueError(
                 f"sampler: policy: {type(agent).__name__} must be shown the {self.observation} of a clip, "
                 "which a classifier's input does not tell; give an agent that observes tokens or pixels"

@@ -41,7 +41,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     |------|---------|------------|
     | T' | tubelets along time, `num_frames / tubelet_size` | 8 |
     | S  | spatial positions, row by row, `(size / patch_size)^2` | 16 |
-    | D  | features: the MAE's own token embedding plus position (`observation="tokens"`), or the normalised pixels of the patch, `tubelet_size * patch_size^2 * 3` of them (`observation="pixels"`), or the share of them on the true moving foreground (`observation="foreground"`, for oracles) | 96 |
+    | D  | features: the MAE's own token embedding plus position (`observation="tokens"`), or the normalised pixels of the patch, `tubelet_size * patch_size^2 * 3` of them (`observation="pixels"`), or the share of them on the true moving foreground (`observation="foreground"`, for oracles), or a zero that costs nothing to make (`observation="nothing"`, for masks that don't look) | 96 |
 
     ## Rewards
     | Name | What it makes an agent prefer |
@@ -87,7 +87,7 @@ class TATSMaskingEnv(gym.Env[np.ndarray, np.ndarray]):
     | `mae` | `"tiny"` | a size (`tiny`, `mini`, `small`, `base`, `large`), a checkpoint's path, `hf:/folder` for a Hugging Face VideoMAE on disk, `pth:/file.pth` for one as VideoMAE or AdaMAE were released, or a live `MAELearner` |
     | `mae_seed` | `0` | of the MAE's initial weights |
     | `reward` | `"surprise"` | see above |
-    | `observation` | `"tokens"` | or `pixels`, or `foreground` (rendered sets, for oracles only) |
+    | `observation` | `"tokens"` | or `pixels`, `foreground` (rendered sets, for oracles only) or `nothing` |
     | `horizon` | `1` | clips in an episode |
     | `repeats` | `1` | environments in a row that share one decoded clip, each under its own crop and mask; divides `num_envs` |
     | `foreground` | `False` | put the true moving foreground into the info (rendered sets, for evaluation only) |

@@ -23,7 +23,7 @@ from tats_env.mae.learner import resolve_device
 from tats_env.mae.released import PREFIX as RELEASED
 from tats_env.rewards import Decision, Reward, resolve_reward
 
-OBSERVATIONS = ("tokens", "pixels", "foreground")
+OBSERVATIONS = ("tokens", "pixels", "foreground", "nothing")
 _CLIP, _TIES, _UNIFORM, _CROP, _DECODE = 1, 2, 3, 4, 5  # what a random number is for
 
 
@@ -139,7 +139,7 @@ class MaskingTask:
             asked = "foreground=True" if foreground else "observation='foreground'"
             raise ValueError(f"{asked}: the truth is known for rendered sets only, not for {dataset.name}")
         self.with_foreground = foreground
-        widths = {"tokens": self.mae.embed_dim, "pixels": self.grid.patch_dim, "foreground": 1}
+        widths = {"tokens": self.mae.embed_dim, "pixels": self.grid.patch_dim, "foreground": 1, "nothing": 1}
         shape = (self.grid.num_steps, self.grid.num_positions, widths[observation])
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (self.grid.num_tokens,), np.float32)
@@ -227,13 +227,15 @@ class MaskingTask:
 
     @torch.no_grad()
     def observe(self) -> Tensor:
-        """float32 [B, T', S, D]: the MAE's tokens of the present clips, their normalised patches, or the truth."""
+        """float32 [B, T', S, D]: of the present clips the MAE's tokens, normalised patches or the truth; or zeros."""
         if self.observation == "tokens":
             return self.mae.tokens(self.clips)
         if self.observation == "pixels":
             seen = self.mae.normalize(self.grid.patchify(self.clips))
-        else:
+        elif self.observation == "foreground":
             seen = self.foreground()[..., None]
+        else:
+            seen = torch.zeros(len(self.clips), self.grid.num_tokens, 1, device=self.device)
         return seen.unflatten(1, (self.grid.num_steps, self.grid.num_positions))
 
     def _sees_with(self) -> dict[str, Tensor]:

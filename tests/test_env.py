@@ -83,7 +83,7 @@ def test_docstring_example_runs() -> None:
     assert doctest.testmod(tats_env.env).failed == 0
 
 
-@pytest.mark.parametrize(("observation", "width"), [("tokens", 96), ("pixels", 2 * 8 * 8 * 3)])
+@pytest.mark.parametrize(("observation", "width"), [("tokens", 96), ("pixels", 2 * 8 * 8 * 3), ("nothing", 1)])
 def test_observation_is_the_kind_asked_for(observation: str, width: int) -> None:
     env = make(observation=observation)
     seen, _ = env.reset(seed=0)
@@ -93,6 +93,8 @@ def test_observation_is_the_kind_asked_for(observation: str, width: int) -> None
         patch = task.clips[0, 2:4, 8:16, 16:24].float().flatten()  # tubelet 1, row 1, column 2
         mean, std = (torch.tensor(x).repeat(128) * 255 for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         assert np.allclose(seen[1, 6], (patch - mean) / std, atol=1e-5)
+    if observation == "nothing":
+        assert not seen.any()
 
 
 @pytest.mark.parametrize(
