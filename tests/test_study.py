@@ -28,6 +28,17 @@ def said(values: list[float], digits: int) -> str:
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
+def table(heading: str) -> list[dict[str, str]]:
+    """The rows of the first table under a heading of STUDY.md."""
+    part = (HOME / "STUDY.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    head, _, *body = [
+        [re.sub("`", "", cell.strip()) for cell in line.strip("|").split("|")]
+        for line in part.splitlines()
+        if line.startswith("|")
+    ]
+    return [dict(zip(head, row, strict=True)) for row in body]
+
+
 def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
     cells, points = rows("study_cells.csv"), rows("study_points.csv")
     figures: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -41,21 +52,22 @@ def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
             for heading, key in PROBES.items():
                 figures[row["data"], row["agent"]][f"{heading}, half way"].append(float(row[key]))
 
-    lines = (
-        (HOME / "STUDY.md").read_text(encoding="utf-8").partition("## The field")[2].partition("\n## ")[0].splitlines()
-    )
-    head = next(line for line in lines if line.startswith("| set"))
-    headings = [cell.strip() for cell in head.strip("|").split("|")]
-    found = set()
-    for line in lines:
-        row = dict(zip(headings, (cell.strip() for cell in line.strip("|").split("|")), strict=False))
-        key = row.get("set", ""), re.sub("`", "", row.get("agent", ""))
-        if not line.startswith("|") or key not in figures:
-            continue
-        found.add(key)
-        own = figures[key]
-        assert int(row["seeds"]) == len(own["linear"]), line
-        for heading in headings[2:-1]:
+    lines = table("The field")
+    assert {(row["set"], row["agent"]) for row in lines} == set(figures)
+    for row in lines:
+        own = figures[row.pop("set"), row.pop("agent")]
+        assert int(row.pop("seeds")) == len(own["linear"]), row
+        for heading, value in row.items():
             expected = said(own[heading], 2 if heading == "motion lift" else 3) if own[heading] else ""
-            assert row[heading] == expected, (key, heading, row[heading], expected)
-    assert found == set(figures)
+            assert value == expected, (heading, row, expected)
+
+
+def test_the_table_near_the_prototypes_size_is_what_the_runs_gave() -> None:
+    lines, results = table("Near the prototype's size"), rows("study_prototype.csv")
+    assert len(lines) == len(results)
+    for row, result in zip(lines, results, strict=True):
+        assert row["agent"] == result["agent"] and int(row["clips"].replace(",", "")) == int(result["clips"])
+        for heading, key in (COLUMNS | PROBES).items():
+            if heading in row:
+                value, digits = result[key], 2 if heading == "motion lift" else 3
+                assert row[heading] == (said([float(value)], digits) if value else ""), (heading, row, value)
