@@ -288,7 +288,7 @@ print(latents.shape)  # (2, {num_visible}, width); any number of clips and token
 
 
 def policy_code(grid: TokenGrid, num_visible: int, observation: str) -> str:
-    """The tokens that a sampler keeps of clips; ``observation`` is tokens or pixels."""
+    """The tokens that a sampler keeps of clips; ``observation`` is tokens or else, seen or not, pixels."""
     if observation == "tokens":
         seen = "mae.tokens(clips)"
     else:

@@ -1,4 +1,4 @@
-"""STUDY.md's table of the field against the results of the runs that it was made from."""
+"""STUDY.md's tables against the results of the runs that they were made from."""
 
 from __future__ import annotations
 
