@@ -38,6 +38,8 @@ class Judged(NamedTuple):
     """[V, C]: the higher, the likelier."""
     losses: Sequence[float] = ()
     """Mean training loss of each epoch or, of an optimiser without epochs, the last one: whether it has converged."""
+    starts: Sequence[Tensor] = ()
+    """What each of several restarts makes of them, ``scores`` among them: what is owed to luck."""
 
 
 Probe = Callable[[Features, Features, int, ProbeConfig, int, bool], Judged]
@@ -161,11 +163,11 @@ def attentive(
         history.append(losses / len(train))
     found = torch.stack(history)
     chosen = int(found[-1].nan_to_num(math.inf).argmin())
-    best = probes[chosen].eval()
     batches = in_batches(np.arange(len(test)), config.batch_size)
     with torch.inference_mode(), autocast(device):
-        scores = torch.cat([best(tokens.float()).float() for tokens in test.tokens(batches)])
-    return Judged(scores, found[:, chosen].tolist())
+        asked = [torch.stack([probe.eval()(x.float()).float() for probe in probes]) for x in test.tokens(batches)]
+    scores = torch.cat(asked, 1)
+    return Judged(scores[chosen], found[:, chosen].tolist(), list(scores) if len(probes) > 1 else [])
 
 
 PROBES: dict[str, Probe] = {"linear": linear, "attentive": attentive, "knn": knn}
@@ -209,5 +211,9 @@ def run_probes(
     tokens = "attentive" in kinds
     x, x_test = (extract(mae, s, config.batch_size, folder, tokens=tokens, progress=progress) for s in (train, test))
     names = train.class_names
-    judged = {kind: PROBES[kind](x, x_test, len(names), config, seed, progress) for kind in kinds}
-    return {kind: Scores(found.scores, x_test.labels, names, found.losses) for kind, found in judged.items()}
+    labels, found = x_test.labels, {}
+    for kind in kinds:
+        scores, losses, starts = PROBES[kind](x, x_test, len(names), config, seed, progress)
+        top1 = [float((start.argmax(1) == labels)[labels >= 0].double().mean()) for start in starts]
+        found[kind] = Scores(scores, labels, names, losses, top1)
+    return found

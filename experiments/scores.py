@@ -30,6 +30,7 @@ class Scores:
         labels: int [V]; videos of label -1 are left out.
         class_names: the C names.
         losses: the classifier's training losses, to be written beside its scores.
+        starts: ``top1`` of each start that this one was chosen from, likewise.
 
     Attributes:
         num_videos: how many have a label.
@@ -49,8 +50,9 @@ class Scores:
         labels: Tensor | np.ndarray,
         class_names: Sequence[str],
         losses: Sequence[float] = (),
+        starts: Sequence[float] = (),
     ) -> None:
-        self.class_names, self.losses = list(class_names), list(losses)
+        self.class_names, self.losses, self.starts = list(class_names), list(losses), list(starts)
         num_classes = len(self.class_names)
         truth = torch.as_tensor(labels).cpu().long()
         if class_scores.shape != (len(truth), num_classes):
@@ -90,6 +92,7 @@ class Scores:
             **self.row(),
             "num_videos": self.num_videos,
             **({"losses": self.losses} if self.losses else {}),
+            **({"starts": self.starts} if self.starts else {}),
             "class_names": self.class_names,
             "per_class": self.per_class,
             "confusion": self.confusion.tolist(),

@@ -192,12 +192,14 @@ def test_of_several_restarts_the_best_on_the_training_set_counts(monkeypatch: py
     for seed in range(2):
         made.clear()
         config = ProbeConfig(batch_size=16, epochs=16, learning_rate=1e-2, num_heads=2, restarts=3)
-        scores = attentive(train, test, CLASSES, config, seed).scores
+        judged = attentive(train, test, CLASSES, config, seed)
         with torch.no_grad():
             losses = [float(torch.nn.functional.cross_entropy(p(x.float()), train.labels)) for p in made]
             assert len(losses) == 3 and max(losses) > 1.2 * min(losses)
             best = int(np.argmin(losses))
-            torch.testing.assert_close(scores, made[best](x_test.float()))
+            torch.testing.assert_close(judged.scores, made[best](x_test.float()))
+            for start, probe in zip(judged.starts, made, strict=True):
+                torch.testing.assert_close(start, probe(x_test.float()))
         chosen.add(best)
     assert len(chosen) > 1
 
@@ -269,6 +271,21 @@ def test_features_are_encoded_once(
     extract(mae, fresh, 8, tmp_path, tokens=True)
     assert len(encoded) == 8
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_each_restart_scores_is_written_beside_the_one_that_counts(
+    mae: MAELearner, train_set: VideoSet, test_set: VideoSet, tmp_path: Path
+) -> None:
+    written = {}
+    for restarts in (1, 3):
+        config = ProbeConfig(batch_size=8, epochs=8, learning_rate=1e-2, restarts=restarts)
+        scores = run_probes(mae, train_set, test_set, ["attentive"], config)["attentive"]
+        scores.write(tmp_path, "attentive")
+        written[restarts] = json.loads((tmp_path / "attentive.json").read_text())
+    assert "starts" not in written[1]
+    starts = written[3]["starts"]
+    assert len(starts) == 3 and written[3]["top1"] in starts
+    assert all(round(30 * top1, 6).is_integer() for top1 in starts)
 
 
 def test_other_weights_or_clips_are_not_answered_from_the_cache(
