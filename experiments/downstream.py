@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,13 @@ from tats_env.mae import MAELearner
 FOLDER = "downstream"
 """In a run's folder: one folder a data set, with scores, confusion matrices, features and the fine-tuned classifier."""
 FIGURES = ("top1", "top5", "mean_class")
+AT_CHANCE = 0.99
+"""Share of the logarithm of the number of classes from which on a training loss is that of guessing."""
+LEFT_BY = {
+    "attentive": "more probe.epochs, another seed or probe.restarts",
+    "finetune": "more finetune.epochs, a lower finetune.layer_decay, which trains the head first, or less augmentation",
+}
+"""By task, what leaves the plateau on which a training begins."""
 
 
 def downstream(
@@ -61,6 +69,7 @@ def downstream(
                 for task, score in scores.items():
                     score.write(where, task)
                     found[data][task] = score.row()
+                    _tell_of_chance(console, data, task, score.losses[-1:], len(score.class_names))
             if "finetune" in tasks:
                 train = videos(data, "train", settings.sampling, settings.augment, settings.flip)
                 test = videos(data, "validation", settings.sampling)
@@ -69,9 +78,21 @@ def downstream(
                         mae, train, test, settings, where / "finetune", agent=agent, seed=config.seed, console=console
                     )
                     found[data]["finetune"] = {name: result[name] for name in FIGURES}
+                    _tell_of_chance(console, data, "finetune", [result["train_loss"]], len(train.class_names))
         except ValueError as error:
             raise ConfigError(f"{data}: {error}") from error
     return found
+
+
+def _tell_of_chance(console: Console, data: str, task: str, loss: Sequence[float], num_classes: int) -> None:
+    guess = math.log(num_classes)
+    if task in LEFT_BY and loss and loss[0] > AT_CHANCE * guess:
+        console.print(
+            f"{data}, {task}: still on the plateau of guessing after the last epoch (training loss {loss[0]:.2f}, and "
+            f"{guess:.2f} for {num_classes} classes alike), so that the accuracy says nothing of the encoder; try "
+            f"{LEFT_BY[task]}",
+            style="yellow", soft_wrap=True, markup=False,
+        )  # fmt: skip
 
 
 def top1_figures(found: dict[str, dict[str, dict[str, float]]], config: RunConfig) -> dict[str, float]:

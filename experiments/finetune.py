@@ -81,7 +81,8 @@ def finetune(
 
     Returns:
         What finetune.json holds: ``top1``, ``top5`` and ``mean_class`` with the share of tokens that counts;
-        ``tokens_kept`` with those of each sampler and test_keep_ratio; views, epochs and seconds.
+        ``tokens_kept`` with those of each sampler and test_keep_ratio; views, epochs, the last one's mean
+        ``train_loss``, and seconds.
 
     Raises:
         ValueError: if the classes do not fit, settings contradict one another, or the folder's checkpoint is of
@@ -133,6 +134,7 @@ def finetune(
         "test_keep_ratio": config.judged,
         "tokens_kept": kept,
         "epochs": config.epochs,
+        "train_loss": float(training.rows[-1]["loss"]),
         "train_seconds": sum(float(row["seconds"]) for row in training.rows),
         "test_seconds": time.perf_counter() - start,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_a_finished_run_is_probed_again_with_other_settings(finished: Path, caps
     after = json.loads((finished / "random" / "downstream" / "motion" / "knn.json").read_text())
     assert after["confusion"] != before["confusion"] and after["num_videos"] == 30
     assert load_config(str(finished / "config.yaml")).probe.k == 10, "the run's own configuration stays"
+
+
+def test_a_classifier_that_only_guesses_is_told_of(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["probe", str(finished / "random"), "--evaluate.data", "motion"]
+    for epochs, rate, guesses in (("1", "1e-7", True), ("60", "1e-2", False)):
+        assert cli.main([*ask, "--probe.epochs", epochs, "--probe.learning-rate", rate]) == 0
+        said = capsys.readouterr().out
+        assert ("motion, attentive: still on the plateau of guessing" in said) is guesses
+        assert ("and 2.71 for 15 classes alike" in said) is guesses
+        assert "linear:" not in said and "knn:" not in said
+    tune = ["finetune", str(finished / "random"), "--evaluate.data", "motion", "--finetune.learning-rate", "1e-7"]
+    shutil.rmtree(finished / "random" / "downstream" / "motion" / "finetune")
+    assert cli.main(tune) == 0
+    assert "motion, finetune: still on the plateau of guessing" in capsys.readouterr().out
 
 
 def test_a_run_is_fine_tuned_with_the_tokens_that_its_sampler_keeps(finished: Path) -> None:
