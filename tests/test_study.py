@@ -62,6 +62,27 @@ def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
             assert value == expected, (heading, row, expected)
 
 
+def test_the_table_of_fine_tuning_is_what_the_runs_gave() -> None:
+    figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows("study_finetune.csv"):
+        own = figures[row["agent"]]
+        if int(row["epoch"]) == 1:
+            own["off"].append(0)
+        if not own["off"][-1] and float(row["loss"]) < 2.6:
+            own["off"][-1] = int(row["epoch"])
+        if row["top1"]:
+            own["top1"].append(float(row["top1"]))
+            own["loss"].append(float(row["loss"]))
+    lines = table("Fine-tuning")
+    assert [row["agent"] for row in lines] == list(figures)
+    for row in lines:
+        own = figures[row["agent"]]
+        assert row["fine-tuned"] == said(own["top1"], 3)
+        assert row["each seed"] == ", ".join(f"{value:.3f}" for value in own["top1"])
+        assert row["training loss at the end"] == said(own["loss"], 2)
+        assert row["off the plateau in epoch"] == ", ".join(str(epoch) for epoch in own["off"])
+
+
 def test_the_table_near_the_prototypes_size_is_what_the_runs_gave() -> None:
     lines, results = table("Near the prototype's size"), rows("study_prototype.csv")
     assert len(lines) == len(results)
