@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,8 +17,8 @@ import tats_env  # noqa: F401
 from agents.heuristics import RandomMask
 from agents.hooks import Hook, LogHook
 from experiments import feed
-from tats_env.data import VideoSet, open_dataset
-from tats_env.data.reader import probe
+from tats_env.data import VideoSet, open_dataset, stream
+from tats_env.data.reader import probe, read_frames
 from tats_env.data.staging import WaitClock
 
 CPU = torch.device("cpu")
@@ -88,7 +90,7 @@ def test_a_run_logs_the_share_of_the_time_that_it_waits_for_clips() -> None:
 def test_frames_in_memory_are_hardly_waited_for() -> None:
     videos = open_dataset("motion", num_videos=20)
     videos.waits._seconds = 1e6  # of others that used the set
-    waits = logged_waits(videos, 0.01)
+    waits = logged_waits(videos, 0.05)
     assert all(0 <= wait < 0.2 for wait in waits), waits
 
 
@@ -105,18 +107,33 @@ def test_a_step_that_does_nothing_waits_and_one_slower_than_decoding_does_not() 
     fast = feed.feed_rates(lambda clips: None, **options)  # type: ignore[arg-type]
     assert fast.both is not None and fast.step is not None and fast.data_wait is not None
     assert 0.7 < fast.data_wait <= 1 and fast.both < fast.step / 10
-    assert fast.loader_repeated > 1.3 * fast.loader, "two clips come of one that is decoded"
+    assert fast.loader > 0 and fast.loader_repeated > 0
     assert 1e-3 < fast.decode_seconds < 2 and fast.workers == 1
     seen: list[torch.Size] = []
 
     def slow(clips: torch.Tensor) -> None:
         seen.append(clips.shape)
-        time.sleep(4 * options["batch_size"] / fast.loader_repeated)
+        time.sleep(8 * options["batch_size"] / min(fast.loader, fast.loader_repeated))
 
     patient = feed.feed_rates(slow, **options)  # type: ignore[arg-type]
     assert patient.both is not None and patient.step is not None and patient.data_wait is not None
     assert 0 <= patient.data_wait < 0.3 and patient.both > 0.6 * patient.step
     assert set(seen) == {(4, 8, 32, 32, 3)}
+
+
+def test_clips_that_share_a_video_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    videos = open_dataset(f"folder:{feed._videos(250)}", num_frames=4, size=(32, 32), augment="multi_scale", workers=0)
+    assert videos._frames is None
+    decoded: list[Path] = []
+
+    def counted(path: Path, *args: Any, **options: Any) -> np.ndarray:
+        decoded.append(path)
+        return read_frames(path, *args, **options)
+
+    monkeypatch.setattr(stream, "read_frames", counted)
+    assert len(feed._Feed(videos, 6, 3, CPU).next(ahead=0)) == 6 and len(decoded) == 2
+    feed._Feed(videos, 6, 1, CPU).next(ahead=0)
+    assert len(decoded) == 2 + 6
 
 
 def test_the_loader_is_measured_without_a_step() -> None:
@@ -129,11 +146,14 @@ def test_the_loader_is_measured_without_a_step() -> None:
 
 def test_a_clock_counts_what_was_waited_since_last_asked() -> None:
     clock = WaitClock()
+    most = 0.0
     for seconds in (0.05, 0.1):
+        start = time.perf_counter()
         with clock.waiting(CPU):
             time.sleep(seconds)
+        most += time.perf_counter() - start
     time.sleep(0.1)
-    assert 0.15 <= clock.seconds() < 0.24
+    assert 0.15 <= clock.seconds() <= most
     assert clock.seconds() == 0
 
 
