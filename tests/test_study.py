@@ -39,27 +39,56 @@ def table(heading: str) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in body]
 
 
-def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
-    cells, points = rows("study_cells.csv"), rows("study_points.csv")
-    figures: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in sorted(cells, key=lambda row: int(row["seed"])):
-        own = figures[row["data"], row["agent"]]
+def figures() -> dict[tuple[str, str, str], dict[str, list[float]]]:
+    """What the runs gave by seed: by set, share hidden and agent, then by column."""
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in sorted(rows("study_cells.csv"), key=lambda row: int(row["seed"])):
+        own = found[row["data"], row["mask_ratio"], row["agent"]]
         for heading, key in (COLUMNS | PROBES).items():
             own[heading].append(float(row[key]))
+    points = rows("study_points.csv")
     last = max(float(row["clips"]) for row in points)
     for row in points:
         if float(row["clips"]) < last:
             for heading, key in PROBES.items():
-                figures[row["data"], row["agent"]][f"{heading}, half way"].append(float(row[key]))
+                found[row["data"], row["mask_ratio"], row["agent"]][f"{heading}, half way"].append(float(row[key]))
+    return found
 
+
+def hold(row: dict[str, str], own: dict[str, list[float]]) -> None:
+    """A table's row against the figures."""
+    assert int(row.pop("seeds")) == len(own["linear"]), row
+    for heading, value in row.items():
+        expected = said(own[heading], 2 if heading == "motion lift" else 3) if own[heading] else ""
+        assert value == expected, (heading, row, expected)
+
+
+def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
+    found = {(data, agent): own for (data, hidden, agent), own in figures().items() if hidden == "0.95"}
     lines = table("The field")
-    assert {(row["set"], row["agent"]) for row in lines} == set(figures)
+    assert {(row["set"], row["agent"]) for row in lines} == set(found)
     for row in lines:
-        own = figures[row.pop("set"), row.pop("agent")]
-        assert int(row.pop("seeds")) == len(own["linear"]), row
-        for heading, value in row.items():
-            expected = said(own[heading], 2 if heading == "motion lift" else 3) if own[heading] else ""
-            assert value == expected, (heading, row, expected)
+        hold(row, found[row.pop("set"), row.pop("agent")])
+
+
+def test_the_table_of_mask_ratios_is_what_the_runs_gave() -> None:
+    found, lines = figures(), table("How much is hidden")
+    others = {key for key in found if key[1] != "0.95"}
+    assert others <= {("motion", row["hidden"], row["agent"]) for row in lines}
+    for row in lines:
+        hold(row, found["motion", row.pop("hidden"), row.pop("agent")])
+
+
+def test_the_table_of_transfer_is_what_the_runs_gave() -> None:
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in rows("study_transfer.csv"):
+        own = found[result["trained_on"], result["probed_on"], result["agent"]]
+        for heading, key in PROBES.items():
+            own[heading].append(float(result[key]))
+    lines = table("From one set to the other")
+    assert {(row["trained on"], row["probed on"], row["agent"]) for row in lines} == set(found)
+    for row in lines:
+        hold(row, found[row.pop("trained on"), row.pop("probed on"), row.pop("agent")])
 
 
 def test_the_table_of_fine_tuning_is_what_the_runs_gave() -> None:
