@@ -28,9 +28,10 @@ def said(values: list[float], digits: int) -> str:
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
-def table(heading: str) -> list[dict[str, str]]:
-    """The rows of the first table under a heading of STUDY.md."""
+def table(heading: str, of: str = "") -> list[dict[str, str]]:
+    """The rows of the first table under a heading of STUDY.md, or of that one whose first column is called so."""
     part = (HOME / "STUDY.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    part = f"| {of}" + part.partition(f"\n| {of}")[2].partition("\n\n")[0]
     head, _, *body = [
         [re.sub("`", "", cell.strip()) for cell in line.strip("|").split("|")]
         for line in part.splitlines()
@@ -39,7 +40,7 @@ def table(heading: str) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in body]
 
 
-def figures() -> dict[tuple[str, str, str], dict[str, list[float]]]:
+def by_agent() -> dict[tuple[str, str, str], dict[str, list[float]]]:
     """What the runs gave by seed: by set, share hidden and agent, then by column."""
     found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows("study_cells.csv"), key=lambda row: int(row["seed"])):
@@ -64,7 +65,7 @@ def hold(row: dict[str, str], own: dict[str, list[float]]) -> None:
 
 
 def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
-    found = {(data, agent): own for (data, hidden, agent), own in figures().items() if hidden == "0.95"}
+    found = {(data, agent): own for (data, hidden, agent), own in by_agent().items() if hidden == "0.95"}
     lines = table("The field")
     assert {(row["set"], row["agent"]) for row in lines} == set(found)
     for row in lines:
@@ -72,7 +73,7 @@ def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
 
 
 def test_the_table_of_mask_ratios_is_what_the_runs_gave() -> None:
-    found, lines = figures(), table("How much is hidden")
+    found, lines = by_agent(), table("How much is hidden")
     others = {key for key in found if key[1] != "0.95"}
     assert others <= {("motion", row["hidden"], row["agent"]) for row in lines}
     for row in lines:
@@ -91,6 +92,33 @@ def test_the_table_of_transfer_is_what_the_runs_gave() -> None:
         hold(row, found[row.pop("trained on"), row.pop("probed on"), row.pop("agent")])
 
 
+def test_the_table_by_class_is_what_the_runs_gave() -> None:
+    found: dict[tuple[str, str, str], dict[str, dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for result in rows("study_classes.csv"):
+        own = found[result["mask_ratio"], result["agent"], result["probe"]]
+        own[result["kind"]][result["seed"]].append(float(result["top1"]))
+    lines = table("What the probes read", of="hidden")
+    assert {(row["hidden"], row["agent"], row["probe"]) for row in lines} == set(found)
+    for row in lines:
+        kinds = found[row.pop("hidden"), row.pop("agent"), row.pop("probe")]
+        assert {int(row.pop("seeds"))} == {len(seeds) for seeds in kinds.values()}
+        assert row == {
+            kind: said([float(np.mean(top1)) for top1 in seeds.values()], 3) for kind, seeds in kinds.items()
+        }
+
+
+def test_the_accuracies_by_class_add_up_to_those_of_the_runs() -> None:
+    top1: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for result in rows("study_classes.csv"):
+        top1[result["agent"], result["mask_ratio"], result["seed"], result["probe"]].append(float(result["top1"]))
+    cells = {(r["agent"], r["mask_ratio"], r["seed"]): r for r in rows("study_cells.csv") if r["data"] == "motion"}
+    for (*cell, probe), by_class in top1.items():
+        assert len(by_class) == 15
+        assert np.isclose(np.mean(by_class), float(cells[tuple(cell)][PROBES[probe]])), (cell, probe)
+
+
 def test_the_table_of_fine_tuning_is_what_the_runs_gave() -> None:
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows("study_finetune.csv"):
@@ -106,6 +134,7 @@ def test_the_table_of_fine_tuning_is_what_the_runs_gave() -> None:
     assert [row["agent"] for row in lines] == list(figures)
     for row in lines:
         own = figures[row["agent"]]
+        assert int(row["seeds"]) == len(own["top1"])
         assert row["fine-tuned"] == said(own["top1"], 3)
         assert row["each seed"] == ", ".join(f"{value:.3f}" for value in own["top1"])
         assert row["training loss at the end"] == said(own["loss"], 2)
