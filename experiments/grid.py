@@ -127,5 +127,5 @@ def compare_usage() -> str:
     ]
     for name, field in CompareConfig.model_fields.items():
         lines.append(f"  --{name.replace('_', '-') + ' ...':14} {field.description}")
-    lines.append("\nValues are YAML, and paths go deeper: --seeds '[0, 1]' --run.steps 100 --agents.ppo.width 64")
+    lines.append("\nValues are YAML, and paths go deeper: --seeds 0 1 --run.steps 100 --agents.ppo.width 64")
     return "\n".join(lines)

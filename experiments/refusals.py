@@ -52,6 +52,7 @@ _EXPECTED = {
     "string_type": "text",
     "bool_type": "true or false",
     "model_type": "a mapping of keys to values",
+    "list_type": "a list",
 }
 _BOUNDS = {
     "greater_than": "not above {gt:g}",
@@ -100,4 +101,6 @@ def explain(kind: str, path: str, value: Any, context: dict[str, Any], message: 
         expected += f" (write {value} without quotes)"
     elif kind == "string_type" and not isinstance(value, (list, dict, type(None))):
         expected += " (put it in quotes)"
+    elif kind == "list_type" and isinstance(value, (str, int, float)):
+        expected += f" (write [{value}])"
     return f"{given}; expected {expected}"

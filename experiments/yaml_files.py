@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,18 @@ def set_value(values: dict[str, Any], path: str, text: str) -> None:
 
 
 def set_options(values: dict[str, Any], args: Sequence[str]) -> None:
-    """Put options of a command line, ``--path.to.key VALUE`` or ``--path.to.key=VALUE``, into nested values."""
+    """Put options of a command line, ``--path.to.key VALUE`` or ``--path.to.key=VALUE``, into nested values.
+
+    Several values after one option are a list.
+    """
     rest = list(args)
     while rest:
         option, equals, value = rest.pop(0).partition("=")
-        if not option.startswith("--") or not (equals or rest):
+        given = [value] if equals else list(takewhile(lambda arg: not arg.startswith("--"), rest))
+        if not option.startswith("--") or not given:
             raise ConfigError(f"command line: {option}: give options as --KEY VALUE, such as --minutes 9")
-        set_value(values, option[2:], value if equals else rest.pop(0))
+        rest = rest if equals else rest[len(given) :]
+        set_value(values, option[2:], given[0] if len(given) == 1 else f"[{', '.join(given)}]")
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

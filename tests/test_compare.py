@@ -278,7 +278,13 @@ def test_options_reach_every_depth_of_a_grid(tmp_path: Path) -> None:
     assert minutes == 2.5
     run = grid.runs("grid.yaml")[Cell("mine", "motion", 0.95, 3)]
     assert (run.clip.size, run.mask_ratio, run.agent.model_extra) == (32, 0.95, {"slot": 1})
-    for wrong in (["--minutes", "x"], ["steps"], ["--seeds"]):
+    several, _ = load_grid(
+        str(tmp_path / "grid.yaml"), ["--seeds", "0", "4", "--data", "motion", "scenes", "--minutes", "1"]
+    )
+    assert (several.seeds, several.data) == ([0, 4], ["motion", "scenes"])
+    with pytest.raises(ConfigError, match=r"seeds: 3 is a whole number; expected a list, such as .* \(write \[3\]\)"):
+        load_grid(str(tmp_path / "grid.yaml"), ["--seeds", "3"])
+    for wrong in (["--minutes", "x"], ["steps"], ["--seeds"], ["--seeds", "--data", "motion"]):
         with pytest.raises(ConfigError, match="command line: "):
             load_grid(str(tmp_path / "grid.yaml"), wrong)
 
