@@ -160,7 +160,5 @@ def bench_usage() -> str:
     ]
     for name, field in BenchConfig.model_fields.items():
         lines.append(f"  --{name.replace('_', '-') + ' ...':14} {field.description or field.annotation.__doc__}")
-    lines.append(
-        "\nValues are YAML, and paths go deeper: --batches 16 32 --run.compile true --growth.models '[small]'"
-    )
+    lines.append("\nValues are YAML, and paths go deeper: --batches 16 32 --run.compile true --growth.models '[small]'")
     return "\n".join(lines)

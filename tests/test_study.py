@@ -41,7 +41,7 @@ def table(heading: str, of: str = "") -> list[dict[str, str]]:
 
 
 def by_agent() -> dict[tuple[str, str, str], dict[str, list[float]]]:
-    """What the runs gave by seed: by set, share hidden and agent, then by column."""
+    """What the runs gave, seeds in order: by set, share hidden and agent, then by column."""
     found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows("study_cells.csv"), key=lambda row: int(row["seed"])):
         own = found[row["data"], row["mask_ratio"], row["agent"]]
@@ -66,10 +66,35 @@ def hold(row: dict[str, str], own: dict[str, list[float]]) -> None:
 
 def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
     found = {(data, agent): own for (data, hidden, agent), own in by_agent().items() if hidden == "0.95"}
-    lines = table("The field")
+    lines = table("The field") + table("Screened with one seed or two")
     assert {(row["set"], row["agent"]) for row in lines} == set(found)
     for row in lines:
         hold(row, found[row.pop("set"), row.pop("agent")])
+
+
+def test_the_table_of_differences_is_what_the_runs_gave() -> None:
+    found = by_agent()
+    lines = table("The field", of="less")
+    assert {"random", *(row["less random"] for row in lines)} == {row["agent"] for row in table("The field")}
+    for row in lines:
+        own, random = found["motion", "0.95", row.pop("less random")], found["motion", "0.95", "random"]
+        for heading, value in row.items():
+            each = np.subtract(own[heading], random[heading][: len(own[heading])])
+            listed = f"{each.mean():.3f} ({', '.join(f'{x:.3f}' for x in each)})" if len(each) else ""
+            assert value == listed.replace("-0.000", "0.000"), (heading, row)
+
+
+def test_the_table_of_half_as_many_clips_is_what_the_runs_gave() -> None:
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in rows("study_short.csv"):
+        for heading, key in (COLUMNS | PROBES).items():
+            found[result["agent"]][heading].append(float(result.get(key, "nan")))
+    lines = table("Half the clips")
+    assert [row["agent"] for row in lines] == list(found)
+    for row in lines:
+        own = found[row.pop("agent")]
+        assert row.pop("each seed") == ", ".join(f"{top1:.3f}" for top1 in own["attentive"])
+        hold(row, own)
 
 
 def test_the_table_of_mask_ratios_is_what_the_runs_gave() -> None:
@@ -90,6 +115,16 @@ def test_the_table_of_transfer_is_what_the_runs_gave() -> None:
     assert {(row["trained on"], row["probed on"], row["agent"]) for row in lines} == set(found)
     for row in lines:
         hold(row, found[row.pop("trained on"), row.pop("probed on"), row.pop("agent")])
+
+
+def test_the_table_of_starts_is_what_the_probes_gave() -> None:
+    found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for result in rows("study_starts.csv"):
+        clips, of = (f"{int(result[key]):,}" for key in ("clips", "of"))
+        found[result["agent"], clips, of, result["seed"]].append(f"{float(result['top1']):.3f}")
+    lines = table("What the probes read", of="agent")
+    assert [(row["agent"], row["clips"], row["of"], row["seed"]) for row in lines] == list(found)
+    assert [row["three starts"].split(", ") for row in lines] == list(found.values())
 
 
 def test_the_table_by_class_is_what_the_runs_gave() -> None:
@@ -113,7 +148,9 @@ def test_the_accuracies_by_class_add_up_to_those_of_the_runs() -> None:
     top1: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for result in rows("study_classes.csv"):
         top1[result["agent"], result["mask_ratio"], result["seed"], result["probe"]].append(float(result["top1"]))
-    cells = {(r["agent"], r["mask_ratio"], r["seed"]): r for r in rows("study_cells.csv") if r["data"] == "motion"}
+    cells: dict[tuple[str, ...], dict[str, str]] = {
+        (r["agent"], r["mask_ratio"], r["seed"]): r for r in rows("study_cells.csv") if r["data"] == "motion"
+    }
     for (*cell, probe), by_class in top1.items():
         assert len(by_class) == 15
         assert np.isclose(np.mean(by_class), float(cells[tuple(cell)][PROBES[probe]])), (cell, probe)
