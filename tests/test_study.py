@@ -66,7 +66,7 @@ def hold(row: dict[str, str], own: dict[str, list[float]]) -> None:
 
 def test_the_table_of_the_field_is_what_the_runs_gave() -> None:
     found = {(data, agent): own for (data, hidden, agent), own in by_agent().items() if hidden == "0.95"}
-    lines = table("The field") + table("Screened with one seed or two")
+    lines = table("The field") + table("Screened with one seed")
     assert {(row["set"], row["agent"]) for row in lines} == set(found)
     for row in lines:
         hold(row, found[row.pop("set"), row.pop("agent")])
